@@ -1,0 +1,57 @@
+"""OpenZAYA: the ZAYA1 system, open and runnable from one repository.
+
+An independent implementation of the architecture in arXiv 2605.05365, not affiliated with Zyphra.
+
+    model = openzaya.load("path/or/hub-id")
+    logits = model(tokens)                     # int64 (B, T) -> fp32 (B, T, V)
+    openzaya.save(model, "directory", layout="native")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from openzaya.infer.generate import generate
+    from openzaya.infer.sampling import SamplingParams
+    from openzaya.model.config import ZayaConfig, preset
+    from openzaya.model.hf import convert, inspect, load, save
+    from openzaya.model.transformer import ForwardRecord, Zaya
+
+_HOMES = {
+    "generate": "openzaya.infer.generate",
+    "SamplingParams": "openzaya.infer.sampling",
+    "ZayaConfig": "openzaya.model.config",
+    "preset": "openzaya.model.config",
+    "convert": "openzaya.model.hf",
+    "inspect": "openzaya.model.hf",
+    "load": "openzaya.model.hf",
+    "save": "openzaya.model.hf",
+    "ForwardRecord": "openzaya.model.transformer",
+    "Zaya": "openzaya.model.transformer",
+}
+
+__all__ = [
+    "ForwardRecord",
+    "SamplingParams",
+    "Zaya",
+    "ZayaConfig",
+    "__version__",
+    "convert",
+    "generate",
+    "inspect",
+    "load",
+    "preset",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `openzaya --help` must not wait for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'openzaya' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,136 @@
+"""The data section of a recipe, and the mixture that it describes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from openzaya.data.mixture import Mixture, Source
+from openzaya.data.problem_sources import AggregationSource, ProblemSource
+from openzaya.data.sources import PYTHON_STDLIB, ConversationSource, TextSource
+from openzaya.problems import TRAINED_FAMILIES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class _SourceConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = ""
+    """Of the source in reports; by default its kind."""
+    weight: float = Field(1.0, ge=0)
+    """Share of the tokens, relative to the other sources."""
+    seed: int = 0
+
+
+class TextConfig(_SourceConfig):
+    """Plain text: files or folders; by default the Python standard library's source code."""
+
+    kind: Literal["text"]
+    paths: list[str] = [PYTHON_STDLIB]
+    text_field: str = "text"
+
+
+class ConversationConfig(_SourceConfig):
+    """Chats from JSONL or parquet files, trimmed to the phase's context length."""
+
+    kind: Literal["conversations"]
+    paths: list[str]
+    messages_field: str = "messages"
+
+
+class _GeneratedConfig(_SourceConfig):
+    families: list[str] = list(TRAINED_FAMILIES)
+    difficulties: tuple[int, int] = (0, 7)
+    """Lowest and highest, both included."""
+    difficulty_weights: list[float] | None = None
+    wrong_share: float | list[float] = 0.0
+    """Share of careless solutions: one number, or one a difficulty."""
+    style: Literal["chat", "text"] = "chat"
+    """``chat`` supervises what the assistant writes, ``text`` everything."""
+
+
+class ProblemsConfig(_GeneratedConfig):
+    """Generated problems with worked solutions."""
+
+    kind: Literal["problems"]
+
+
+class AggregationConfig(_GeneratedConfig):
+    """Aggregation examples: tails of candidate solutions in the prompt, a perfect solution as target."""
+
+    kind: Literal["aggregation"]
+    wrong_share: float | list[float] = 0.5
+    num_candidates: int = Field(3, ge=1)
+    pool_size: int = Field(8, ge=1)
+    tau: int = Field(64, ge=1)
+    """Tokens of each tail."""
+    prompt_style: Literal["short", "full"] = "short"
+
+
+SourceConfig = Annotated[
+    TextConfig | ConversationConfig | ProblemsConfig | AggregationConfig, Field(discriminator="kind")
+]
+
+
+class DataConfig(BaseModel):
+    """A mixture of sources."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    seed: int = 0
+    shard_examples: int = Field(1024, ge=1)
+    """Examples that are packed together."""
+
+
+def build_mixture(config: DataConfig, tokenizer: PreTrainedTokenizerFast, context_length: int) -> Mixture:
+    """The mixture that ``config`` describes, for windows of ``context_length`` tokens."""
+    sources = [_build_source(source, tokenizer, context_length) for source in config.sources]
+    return Mixture(sources, [source.weight for source in config.sources], config.seed)
+
+
+def _build_source(config: SourceConfig, tokenizer: PreTrainedTokenizerFast, context_length: int) -> Source:
+    name = config.name or config.kind
+    if isinstance(config, TextConfig):
+        return TextSource(
+            tokenizer, context_length, paths=config.paths, seed=config.seed, text_field=config.text_field, name=name
+        )
+    if isinstance(config, ConversationConfig):
+        return ConversationSource(
+            tokenizer,
+            context_length,
+            paths=config.paths,
+            seed=config.seed,
+            messages_field=config.messages_field,
+            name=name,
+        )
+    if isinstance(config, ProblemsConfig):
+        return ProblemSource(
+            tokenizer,
+            config.families,
+            config.difficulties,
+            seed=config.seed,
+            wrong_share=config.wrong_share,
+            difficulty_weights=config.difficulty_weights,
+            style=config.style,
+            context_length=context_length,
+            name=name,
+        )
+    return AggregationSource(
+        tokenizer,
+        config.families,
+        config.difficulties,
+        seed=config.seed,
+        num_candidates=config.num_candidates,
+        pool_size=config.pool_size,
+        tau=config.tau,
+        wrong_share=config.wrong_share,
+        difficulty_weights=config.difficulty_weights,
+        prompt_style=config.prompt_style,
+        style=config.style,
+        context_length=context_length,
+        name=name,
+    )

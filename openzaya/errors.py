@@ -1,0 +1,22 @@
+"""Every error that OpenZAYA raises on purpose.
+
+A user's mistake becomes an ``OpenZayaError`` whose message names three things: the value that was
+found, the limit or expectation that it broke, and what to change. The command line prints the
+message alone (exit code 1, or 2 for wrong usage); a traceback always means a defect of ours.
+"""
+
+
+class OpenZayaError(Exception):
+    """Base of all errors meant for the user: the message says value, limit and remedy."""
+
+
+class ConfigError(OpenZayaError):
+    """A recipe, preset, override or model configuration that cannot be used as written."""
+
+
+class CheckpointError(OpenZayaError):
+    """A checkpoint that is incomplete, inconsistent, unknown, or cannot be written as asked."""
+
+
+class DataError(OpenZayaError):
+    """Training or evaluation data that is missing, malformed, or cannot fit the limits given."""

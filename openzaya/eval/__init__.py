@@ -1,0 +1,1 @@
+"""Evaluation and reports: accuracies with intervals, and pages drawn from a run's files."""

@@ -1,0 +1,1 @@
+"""The ZAYA model and its checkpoint layouts."""

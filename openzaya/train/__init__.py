@@ -1,0 +1,1 @@
+"""Training: optimiser, loss, loop and checkpoints."""

@@ -1,0 +1,269 @@
+"""The training loop: one for pretraining, midtraining and SFT.
+
+A step takes ``accumulation`` micro-batches of packed windows. Their losses are sums over supervised tokens and
+are divided by the step's true number of supervised tokens, so the gradient does not depend on how the batch
+was cut. Then: clip, Muon and AdamW, balancing biases from the load of the whole step, metrics.
+
+Everything that decides the rest of a run is in its checkpoint; an interrupted run continues bit for bit
+(same machine and number of threads). SIGINT or SIGTERM finishes the step in hand, saves and raises
+KeyboardInterrupt; a second one stops at once.
+
+Shape suffixes: B windows, T tokens a window, N = B*T, L layers, X experts and the skip class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openzaya.config import Resolved
+from openzaya.data.packing import Batch, PackedBatches
+from openzaya.data.recipe import build_mixture
+from openzaya.data.tokenizer import load_tokenizer
+from openzaya.errors import ConfigError
+from openzaya.model import hf
+from openzaya.model.balancing import Balancer, count_load, load_entropy, load_shares
+from openzaya.model.config import preset
+from openzaya.model.transformer import ForwardRecord, Zaya
+from openzaya.runlog import Metric, RunLog
+from openzaya.train.checkpoint import load_latest, save_checkpoint
+from openzaya.train.loss import linear_cross_entropy
+from openzaya.train.optim import MuonAdamW
+from openzaya.train.recipe import ModelChoice, TrainConfig
+
+EXPERT_LOAD_EVERY = 50
+"""Steps between records of the full expert load and the residual norms."""
+FIXED_BY_SHAPES = "start_from keeps the checkpoint's tensors; to train another shape start from a preset"
+
+
+def train(recipe: Resolved[TrainConfig], directory: Path, *, resume: bool = True) -> Path:
+    """Run one phase in ``directory`` and return the exported model's path.
+
+    Names of earlier stages in the recipe are looked up beside ``directory``. With ``resume`` the newest
+    checkpoint there is continued, if there is one.
+
+    Raises:
+        OpenZayaError: a recipe, checkpoint or data source that cannot be used.
+        KeyboardInterrupt: interrupted, with everything saved.
+    """
+    config = recipe.value
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with _interruption() as interrupted:
+        trainer = Trainer(config, directory.parent)
+        if resume:
+            trainer.resume(directory / "checkpoints")
+        with RunLog(
+            directory,
+            total_steps=config.steps,
+            resume_step=trainer.step,
+            phase=config.phase,
+            resolved_toml=recipe.to_toml(),
+        ) as log:
+            while trainer.step < config.steps:
+                log.log(trainer.step + 1, trainer.train_step())
+                stop = bool(interrupted)
+                if stop or trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps:
+                    save_checkpoint(
+                        directory / "checkpoints", trainer.step, trainer.state_dict(), keep=config.keep_checkpoints
+                    )
+                if stop and trainer.step < config.steps:
+                    raise KeyboardInterrupt
+            log.set_final(**trainer.final_numbers())
+            return trainer.export(directory / "model")
+
+
+class Trainer:
+    """Model, data, optimiser and counters of one phase; ``stages`` is where earlier stages' directories lie."""
+
+    def __init__(self, config: TrainConfig, stages: Path):
+        self.config = config
+        self.model = _starting_model(config.model, stages)
+        self.tokenizer = load_tokenizer(_tokenizer_path(config, stages))
+        if len(self.tokenizer) > self.model.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model's vocabulary {self.model.config.vocab_size};"
+                " train a smaller tokenizer or raise model.changes.vocab_size"
+            )
+        if config.context_length > self.model.config.max_position_embeddings:
+            raise ConfigError(
+                f"context_length={config.context_length} exceeds the model's max_position_embeddings="
+                f"{self.model.config.max_position_embeddings}; lower it or set model.changes.max_position_embeddings"
+            )
+        self.mixture = build_mixture(config.data, self.tokenizer, config.context_length)
+        self.batches = PackedBatches(
+            self.mixture, config.context_length, config.windows_per_batch, config.data.shard_examples
+        )
+        self.optimizer = MuonAdamW(self.model, config.optimizer, config.steps)
+        self.balancer = Balancer(self.model, config.balancing)
+        self.step = 0
+        self.tokens = self.supervised_tokens = 0
+        self.seconds = 0.0
+        self.last_metrics: dict[str, Metric] = {}
+
+    def train_step(self) -> dict[str, Metric]:
+        """One optimiser step; returns its metrics."""
+        started = time.perf_counter()
+        self.step += 1
+        micro_batches = [next(self.batches) for _ in range(self.config.accumulation)]
+        supervised = sum(int(targets_of(batch)[1].sum()) for batch in micro_batches)
+        tokens = sum(int((batch.document_ids >= 0).sum()) for batch in micro_batches)
+        is_detailed = self.step % EXPERT_LOAD_EVERY == 0 or self.step in (1, self.config.steps)
+
+        loss_sum, load_LX = 0.0, torch.zeros(0)
+        records = [ForwardRecord(measure_residual=is_detailed) for _ in micro_batches]
+        for batch, record in zip(micro_batches, records, strict=True):
+            loss, micro_load_LX = self._forward_backward(batch, record, supervised, tokens)
+            loss_sum += loss
+            load_LX = micro_load_LX if load_LX.numel() == 0 else load_LX + micro_load_LX
+        numbers = self.optimizer.step(self.step)
+        self.balancer.step(load_LX, numbers["optim/schedule_scale"])
+
+        self.tokens += tokens
+        self.supervised_tokens += supervised
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        entropy_L = load_entropy(load_LX)
+        metrics: dict[str, Metric] = {
+            "loss/ce_nats": loss_sum / max(1, supervised),
+            "train/tokens": self.tokens,
+            "train/supervised_tokens": self.supervised_tokens,
+            "route/load_entropy": entropy_L.tolist(),
+            "route/load_entropy_min": float(entropy_L.min()),
+            "route/skip_share": (load_LX[:, -1] / load_LX.sum(1).clamp_min(1)).tolist(),
+            "data/fill": tokens / sum(batch.tokens.numel() for batch in micro_batches),
+            "time/step_s": seconds,
+            "time/tokens_per_s": tokens / seconds,
+            **{key: value for key, value in numbers.items() if key != "optim/schedule_scale"},
+        }
+        if is_detailed:
+            metrics["route/expert_load"] = load_shares(load_LX).tolist()
+            metrics["residual/rms"] = torch.stack(records[0].residual_rms).tolist()
+        self.last_metrics = metrics
+        return metrics
+
+    def _forward_backward(
+        self, batch: Batch, record: ForwardRecord, supervised: int, tokens: int
+    ) -> tuple[float, Tensor]:
+        """Add one micro-batch's gradient; returns its summed loss in nats and its load (L, X)."""
+        hidden_BTD = self.model.hidden_states(
+            batch.tokens, document_ids=batch.document_ids, positions=batch.positions, record=record
+        )
+        targets_N, loss_mask_N = targets_of(batch)
+        loss = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.model.head_weight, targets_N, loss_mask_N)
+        is_token_N = batch.document_ids.reshape(-1) >= 0
+        objective = loss / max(1, supervised)
+        auxiliary = self.balancer.auxiliary_loss(record.routes, is_token_N)
+        if auxiliary is not None:
+            objective = objective + auxiliary / max(1, tokens)
+        objective.backward()
+        return float(loss.detach()), count_load(record.routes, is_token_N)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the rest of the run."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "balancer": self.balancer.state_dict(),
+            "data": self.batches.state_dict(),
+            "counters": {"tokens": self.tokens, "supervised_tokens": self.supervised_tokens, "seconds": self.seconds},
+            "random_state": torch.get_rng_state(),
+        }
+
+    def resume(self, checkpoints: Path) -> None:
+        """Continue from the newest checkpoint in ``checkpoints``, if there is one."""
+        state = load_latest(checkpoints)
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.balancer.load_state_dict(state["balancer"])
+        self.batches.load_state_dict(state["data"])
+        self.step = state["step"]
+        self.tokens, self.supervised_tokens = state["counters"]["tokens"], state["counters"]["supervised_tokens"]
+        self.seconds = state["counters"]["seconds"]
+        torch.set_rng_state(state["random_state"])
+
+    def final_numbers(self) -> dict[str, Any]:
+        """What a reader wants to know of the whole phase, for ``status.json``."""
+        return {
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "train_seconds": round(self.seconds, 1),
+            "parameters": self.model.config.num_parameters(),
+            "final": {key: value for key, value in self.last_metrics.items() if not isinstance(value, list)},
+            "data": {"packing": self.batches.report(), "sources": self.mixture.report()},
+        }
+
+    def export(self, path: Path) -> Path:
+        """Save the model with its tokenizer: natively where the layout can hold it."""
+        layout = "native" if self.model.config.is_released_architecture else "openzaya"
+        hf.save(self.model, path, layout=layout, tokenizer=self.tokenizer)
+        return path
+
+
+def targets_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Next-token targets (int64) and which of them count (bool), both flat (N): never across a document's end."""
+    targets_BT = torch.zeros_like(batch.tokens)
+    targets_BT[:, :-1] = batch.tokens[:, 1:]
+    mask_BT = torch.zeros_like(batch.loss_mask)
+    mask_BT[:, :-1] = batch.loss_mask[:, 1:] & (batch.document_ids[:, 1:] == batch.document_ids[:, :-1])
+    return targets_BT.reshape(-1), mask_BT.reshape(-1)
+
+
+def stage_path(name: str, stages: Path, inside: str) -> Path | str:
+    """The directory ``inside`` of the earlier stage ``name``, or ``name`` itself: a path or hub id."""
+    stage = stages / name
+    if (stage / inside).is_dir():
+        return stage / inside
+    return stage if stage.is_dir() else name
+
+
+def _starting_model(choice: ModelChoice, stages: Path) -> Zaya:
+    if choice.start_from is None:
+        return Zaya(preset(choice.preset).with_changes(**choice.changes), seed=choice.seed)
+    model = hf.load(stage_path(choice.start_from, stages, "model"), dtype="float32")
+    changed = model.config.with_changes(**choice.changes)
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in Zaya(changed).state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+        raise ConfigError(f"model.changes={choice.changes} would change the shapes of {choice.start_from}: {FIXED_BY_SHAPES}")
+    return model.with_config(changed)
+
+
+def _tokenizer_path(config: TrainConfig, stages: Path) -> Path | str:
+    name = config.tokenizer or config.model.start_from
+    if name is None:
+        raise ConfigError("tokenizer is not set and there is no starting checkpoint to take it from; set tokenizer")
+    return stage_path(name, stages, "tokenizer" if config.tokenizer else "model")
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM; the next one takes its usual course."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        previous.clear()
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread: the caller's business
+            previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()
