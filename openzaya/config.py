@@ -334,6 +334,14 @@ def _apply_override(values: dict[str, Any], origins: dict[str, str], override: s
             target = target[place]
 
 
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """``"key=value"`` as key and value, the value read as in an override; raises :class:`ConfigError`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"'{text}' is not of the form key=value; write, for example, num_hidden_layers=3")
+    return key.strip(), _parse_override_value(value)
+
+
 def _parse_override_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")

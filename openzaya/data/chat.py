@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -286,29 +286,35 @@ def _from_foreign_template(
 
     tokens: list[int] = []
     starts: list[int] = []
+    ends: list[int] = []
     origin = 0
     for piece in [text] if guard is None else text.split(guard):
         ids, offsets = encode_with_offsets(tokenizer, piece)
         tokens += ids
         starts += [origin + start for start, _ in offsets]
+        ends += [origin + end for _, end in offsets]
         origin += len(piece) + 1
     bos = tokenizer.bos_token_id
     if bos is not None and tokens[:1] != [bos]:
         tokens.insert(0, bos)
         starts.insert(0, -1)
+        ends.insert(0, -1)
     while bos is not None and tokens[:2] == [bos, bos]:
-        del tokens[0], starts[0]
+        del tokens[0], starts[0], ends[0]
 
     loss_mask = [False] * len(tokens)
     spans = []
     previous_end = 0
     for start_character, end_character in turns:
-        start, end = bisect_left(starts, start_character), bisect_left(starts, end_character)
+        # As transformers does, a token that spans the turn's first character belongs to the turn.
+        start, end = bisect_right(ends, start_character), bisect_left(starts, end_character)
         loss_mask[start:end] = [True] * (end - start)
         close = text.find(THINK_CLOSE, start_character, end_character)
         opening = text.rfind(THINK_OPEN, previous_end, close) if close >= 0 else -1
         if opening >= 0:
-            spans.append((bisect_left(starts, opening + len(THINK_OPEN)), bisect_left(starts, close)))
+            # Tokens wholly between the tags: cutting them leaves the tags as they are.
+            first = bisect_left(starts, opening + len(THINK_OPEN))
+            spans.append((first, max(first, bisect_right(ends, close))))
         else:
             spans.append((start, start))
         previous_end = end_character

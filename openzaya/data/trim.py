@@ -50,15 +50,16 @@ def ap_trim(
         return cut, "tail_trimmed"
     if any(end > start for start, end in full.think_spans[:-1]):
         shorter = render(without_earlier_reasoning(messages), tokenizer, tools=tools)
-        if len(shorter.tokens) <= budget:
-            return shorter, "think_dropped"
         if (cut := cut_last_think(shorter, budget)) is not None:
             return cut, "think_dropped"
     return None, "dropped"
 
 
 def cut_last_think(rendered: Rendered, budget: int) -> Rendered | None:
-    """Cut the last assistant turn's reasoning from its end to reach ``budget`` tokens; None if it is too short."""
+    """Cut the last assistant turn's reasoning from its end to reach ``budget`` tokens.
+
+    One that fits is returned as it is; None means that the reasoning is shorter than the excess.
+    """
     excess = len(rendered.tokens) - budget
     if excess <= 0:
         return rendered

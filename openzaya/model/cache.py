@@ -106,6 +106,11 @@ class DecodeCache:
                 f"{self.capacity}; create the cache with a larger capacity"
             )
         if layout.is_token_BT is not None:
+            if self.length and bool((self.is_token_BS[:, self.length - 1] & ~layout.is_token_BT[:, 0]).any()):
+                raise DataError(
+                    f"attention_mask has padding behind the {self.length} cached tokens of a row; "
+                    "pad rows on the left only, before their first token"
+                )
             self.is_token_BS[:, self.length : self.length + layout.row_length] = layout.is_token_BT
             self.has_padding = True
 

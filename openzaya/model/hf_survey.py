@@ -155,8 +155,13 @@ def _match_tensors(survey: Survey, config: ZayaConfig, layout: Layout, *, files_
             f"{len(survey.unexpected)} unexpected tensors: {collapse_names(survey.unexpected)}; "
             "config.json does not know them, correct it or remove them"
         )
+    by_shape: dict[str, list[str]] = {}
     for name, text in survey.wrong_shape.items():
-        survey.problems.append(f"{name} has shape {text}; correct config.json or take the weights that belong to it")
+        by_shape.setdefault(text, []).append(name)
+    for text, names_of in by_shape.items():
+        survey.problems.append(
+            f"{collapse_names(names_of)}: shape {text}; correct config.json or take the weights that belong to it"
+        )
     for dtype, names_of in wrong_dtypes.items():
         survey.problems.append(
             f"{len(names_of)} tensors are stored as {dtype}: {collapse_names(names_of)}; expected one of "

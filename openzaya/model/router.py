@@ -57,9 +57,13 @@ class Router(nn.Module):
 
     def __init__(self, config: ZayaConfig):
         super().__init__()
-        biases = torch.zeros(config.num_router_classes, dtype=torch.float32)
-        biases[-1] = SKIP_BIAS
-        self.register_buffer("balancing_biases", biases)
+        self.register_buffer("balancing_biases", torch.empty(config.num_router_classes, dtype=torch.float32))
+        self.reset_balancing_biases()
+
+    def reset_balancing_biases(self) -> None:
+        """Before any balancing: 0 for the experts, the fixed bias for the skip class."""
+        self.balancing_biases.zero_()
+        self.balancing_biases[-1] = SKIP_BIAS
 
     def logits(self, hidden_ND: Tensor, previous_NR: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Logits (N, X) and the state handed to the next layer's router."""

@@ -124,6 +124,8 @@ class Zaya(nn.Module):
                 parameter.zero_()
             else:
                 parameter.normal_(std=self.config.initializer_range, generator=generator)
+        for block in self.model.layers:
+            block.mlp.gate.reset_balancing_biases()
 
     @property
     def device(self) -> torch.device:

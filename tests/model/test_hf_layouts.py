@@ -39,7 +39,9 @@ def test_table_counts_of_the_released_8b():
     assert sum(torch.Size(spec.shape).numel() for spec in table if spec.dtype_policy == "weight") == 8_840_488_784
 
 
-@pytest.mark.parametrize("config", [preset("zaya1-8b"), preset("zaya1-74b-preview"), preset("nano"), SLIDING, ONE_EXPERT])
+@pytest.mark.parametrize(
+    "config", [preset("zaya1-8b"), preset("zaya1-74b-preview"), preset("nano"), SLIDING, ONE_EXPERT]
+)
 def test_table_equals_our_model_and_transformers(config: ZayaConfig):
     from transformers import ZayaConfig as ReferenceConfig
     from transformers import ZayaForCausalLM

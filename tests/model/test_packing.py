@@ -141,7 +141,8 @@ def test_transformers_leaks_between_packed_documents_and_we_do_not() -> None:
     """The same window of six documents through both, against the documents alone.
 
     ``transformers`` keeps documents apart in attention (it finds them in restarting position ids), but its
-    convolutions and delayed value run across: LEAK. Ours: 1e-6.
+    convolutions and delayed value run across: at these weights the
+    first tokens' logits are off by 1.29 times the largest logit. Ours: 1e-6.
     """
     config = TINY.with_changes(layer_types=("hybrid",) * 3)
     model = perturbed(config, 6)
@@ -158,11 +159,10 @@ def test_transformers_leaks_between_packed_documents_and_we_do_not() -> None:
     def at(logits: Tensor, where: Tensor) -> float:
         return logits_error(logits[:, where], expected[:, where])
 
-    print(at(theirs, first_tokens), logits_error(theirs, expected), at(theirs, torch.arange(6)))
     assert logits_error(ours, expected) < 1e-5
     # The first document has nothing before it: there the two models agree, so the rest is the leak.
     assert at(theirs, torch.arange(lengths[0])) < 1e-5
-    assert at(theirs, first_tokens) > 0.1
+    assert at(theirs, first_tokens) > 0.4
 
 
 @pytest.mark.parametrize("attention_mask", [None, torch.ones(1, 6, dtype=torch.int64)])

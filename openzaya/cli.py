@@ -1,0 +1,286 @@
+"""The command line. Each verb is a few lines over a function of the library.
+
+Exit codes: 0 done, 1 failed with a message, 2 wrong usage, 130 interrupted with everything saved.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from openzaya.errors import ConfigError, OpenZayaError
+
+if TYPE_CHECKING:
+    from openzaya.infer.sampling import SamplingParams
+
+app = typer.Typer(
+    name="openzaya",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train, convert, evaluate and run ZAYA models. Independent of Zyphra.\n\nStart with: openzaya run recipes/smoke",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key.sub=value", metavar="KEY=VALUE")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the most likely tokens up to this share.")]
+TopK = Annotated[int, typer.Option(min=0, help="Keep the K most likely tokens; 0 keeps all.")]
+MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the most likely one.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="A PyTorch device, such as cpu.")]
+Model = Annotated[str, typer.Argument(help="A checkpoint directory or a hub id.")]
+
+
+def main() -> None:
+    """Entry point: runs a verb and turns errors into messages and exit codes."""
+    try:
+        app()
+    except OpenZayaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; what was reached is saved, and the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough.
+        sys.stderr.close()
+        raise SystemExit(0) from None
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: openzaya run recipes/smoke --out runs/smoke 02-pretrain.steps=20")
+def run(
+    recipes: Annotated[Path, typer.Argument(help="A folder of numbered recipe files.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME.")] = None,
+) -> None:
+    """Run a folder of numbered stages; finished ones are skipped, an interrupted one goes on."""
+    from openzaya.stages import run_pipeline
+
+    report_path = run_pipeline(recipes, out or Path("runs") / recipes.resolve().name, overrides or [])
+    print(f"report: {report_path}")
+
+
+@app.command(epilog="Example: openzaya train recipes/smoke/02-pretrain.toml --out runs/smoke/02-pretrain steps=50")
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A training recipe (TOML).")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Stage directory; by default runs/NAME.")] = None,
+) -> None:
+    """Run one training phase, or go on with it; names of earlier stages are looked up beside --out."""
+    from openzaya.eval.report import write_report
+    from openzaya.stages import run_stage
+
+    directory = out or Path("runs") / recipe.stem
+    run_stage(recipe, directory, overrides or [], kind="train")
+    print(f"model: {directory / 'model'}\nreport: {write_report(directory).html}")
+
+
+@app.command(epilog="Example: openzaya config recipes/nano/02-pretrain.toml optimizer.weight_decay=0")
+def config(
+    recipe: Annotated[Path, typer.Argument(help="Any recipe (TOML).")],
+    overrides: Overrides = None,
+) -> None:
+    """Show every value of a recipe and where it came from."""
+    from openzaya.config import load_recipe
+    from openzaya.stages import stage_schema
+
+    print(load_recipe(recipe, stage_schema(recipe), overrides or []).describe())
+
+
+# --- checkpoints ------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: openzaya init smoke /tmp/fresh --seed 1 num_hidden_layers=3")
+def init(
+    preset: Annotated[str, typer.Argument(help="zaya1-8b, zaya1-74b-preview, nano or smoke.")],
+    directory: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    tokenizer: Annotated[str | None, typer.Option(help="A directory or hub id to take the tokenizer from.")] = None,
+    layout: Annotated[str | None, typer.Option(help="native, legacy or openzaya; by default what holds it.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Write a checkpoint with fresh weights and a tokenizer."""
+    from openzaya.initialize import initialize_checkpoint
+
+    written = initialize_checkpoint(
+        preset, directory, overrides or [], seed=seed, tokenizer=tokenizer, layout=layout, dtype=dtype
+    )
+    print(written)
+
+
+@app.command(epilog="Example: openzaya convert runs/smoke/02-pretrain/model /tmp/legacy --to legacy")
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint directory or a hub id.")],
+    destination: Annotated[Path, typer.Argument(help="Where to write; replaced only by a whole checkpoint.")],
+    to: Annotated[str, typer.Option(help="native, legacy or openzaya.")],
+) -> None:
+    """Rewrite a checkpoint in another layout, tensor by tensor and byte for byte."""
+    from openzaya.model import hf
+
+    print(hf.convert(source, destination, to=to).to_text())  # type: ignore[arg-type]  # checked there
+
+
+@app.command(epilog="Example: openzaya inspect runs/smoke/02-pretrain/model")
+def inspect(path: Model, as_json: Json = False) -> None:
+    """Say what a checkpoint is: layout, sizes, dtype, and every missing or unexpected key. Exit code 1 on problems."""
+    from openzaya.model import hf
+
+    found = hf.inspect(path)
+    print(json.dumps(found.to_dict()) if as_json else found.to_text())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+# --- use --------------------------------------------------------------------------------------------
+
+
+@app.command(epilog='Example: openzaya generate runs/smoke/04-sft/model "Add: 24+52" --chat --temperature 0')
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or the user's message with --chat; - reads stdin.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Ask as a user instead of continuing text.")] = False,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    max_tokens: MaxTokens = 256,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Continue a text, or answer one message; tokens are printed as they are made."""
+    params = _sampling(temperature, top_p, top_k, min_p, max_tokens, seed)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    session = _session(model, dtype, device)
+    for piece in session.reply([{"role": "user", "content": text}], params) if chat else session.go_on(text, params):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command(epilog="Example: openzaya chat runs/smoke/04-sft/model --temperature 0.6")
+def chat(
+    model: Model,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    thinking: Annotated[bool, typer.Option(help="Let the model reason before it answers.")] = True,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    max_tokens: MaxTokens = 1024,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Talk with a model; an empty line or the end of the input ends the chat."""
+    params = _sampling(temperature, top_p, top_k, min_p, max_tokens, seed)
+    session = _session(model, dtype, device)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not text.strip():
+            break
+        messages.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            for piece in session.reply(messages, params, enable_thinking=thinking):
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            # Ctrl-C ends the answer, not the chat.
+            pass
+        print()
+        # Reasoning stays out of the history, as the model was trained.
+        messages.append({"role": "assistant", "content": answer.rpartition("</think>")[2] or "..."})
+
+
+@app.command(epilog="Example: openzaya eval runs/smoke/04-sft/model --k 2 --per-cell 2 --json")
+def eval(
+    model: Model,
+    k: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 8,
+    per_cell: Annotated[int, typer.Option(min=1, help="Problems a family and difficulty.")] = 12,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the samples; the greedy answer is always asked.")] = 1,
+    families: Annotated[str, typer.Option(help="Families, separated by commas; by default all.")] = "",
+    max_tokens: MaxTokens = 256,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory for eval.json, samples.jsonl and the report.")] = None,
+    as_json: Json = False,
+) -> None:
+    """avg@k, greedy, pass@k and majority@k on held-out problems, with intervals and the truncation rate."""
+    from openzaya.data.tokenizer import load_tokenizer
+    from openzaya.eval.benchmarks import EvalConfig, evaluate
+    from openzaya.eval.report import write_report
+    from openzaya.initialize import validated
+    from openzaya.model import hf
+    from openzaya.model.hub import resolve
+    from openzaya.stages import print_progress, write_evaluation
+
+    chosen = {"families": families.split(",")} if families else {}
+    settings = validated(
+        EvalConfig,
+        {"model": model, "k": k, "per_cell": per_cell, "temperature": temperature, "max_new_tokens": max_tokens}
+        | {"seed": seed}
+        | chosen,
+    )
+    path = resolve(model)
+    result, samples = evaluate(hf.load(path), load_tokenizer(path), settings, progress=print_progress)
+    if out is not None:
+        write_evaluation(out, result, samples)
+        print(f"report: {write_report(out).html}")
+    print(json.dumps(result) if as_json else _evaluation_text(result))
+
+
+@app.command(epilog="Example: openzaya report runs/smoke")
+def report(directory: Annotated[Path, typer.Argument(help="A run directory, or one stage of it.")]) -> None:
+    """Write report.html and report.md with tables, plots and samples, from the run's files alone."""
+    from openzaya.eval.report import write_report
+
+    paths = write_report(directory)
+    print(f"{paths.html}\n{paths.markdown}")
+
+
+def _sampling(
+    temperature: float, top_p: float, top_k: int, min_p: float, max_tokens: int, seed: int
+) -> SamplingParams:
+    from openzaya.infer.sampling import SamplingParams
+
+    if top_p == 0:
+        raise ConfigError("top_p=0 keeps no token; give more than 0, or use --temperature 0 for greedy decoding")
+    return SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_new_tokens=max_tokens, seed=seed
+    )
+
+
+def _session(model: str, dtype: str, device: str) -> Any:
+    from openzaya.infer.chat import ChatSession
+
+    return ChatSession.load(model, dtype=dtype, device=device)
+
+
+def _evaluation_text(result: dict[str, Any]) -> str:
+    lines = [f"{'group':<14} {'n':>5}  {'greedy':>20}  {'avg@' + str(result['k']):>20}  {'pass@k':>20}  truncated"]
+    for name, group in result["groups"].items():
+        intervals = [
+            f"{value:6.1%} [{low:5.1%}, {high:5.1%}]"
+            for value, low, high in (group["greedy"], group["avg_at_k"], group["pass_at_k"])
+        ]
+        lines.append(f"{name:<14} {group['n']:>5}  {'  '.join(intervals)}  {group['truncation_rate']:.1%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
