@@ -5,14 +5,16 @@ Exit codes: 0 done, 1 failed with a message, 2 wrong usage, 130 interrupted with
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openzaya.errors import ConfigError, OpenZayaError
+from openzaya.errors import ConfigError, DataError, OpenZayaError
 
 if TYPE_CHECKING:
     from openzaya.infer.sampling import SamplingParams
@@ -23,7 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train, convert, evaluate and run ZAYA models. Independent of Zyphra.\n\nStart with: openzaya run recipes/smoke",
+    help="Train, convert, evaluate and run ZAYA models. Independent of Zyphra.\n\n"
+    "Start with: openzaya run recipes/smoke",
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key.sub=value", metavar="KEY=VALUE")]
@@ -33,7 +36,7 @@ TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the most likel
 TopK = Annotated[int, typer.Option(min=0, help="Keep the K most likely tokens; 0 keeps all.")]
 MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the most likely one.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same result.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="A PyTorch device, such as cpu.")]
 Model = Annotated[str, typer.Argument(help="A checkpoint directory or a hub id.")]
@@ -41,18 +44,25 @@ Model = Annotated[str, typer.Argument(help="A checkpoint directory or a hub id."
 
 def main() -> None:
     """Entry point: runs a verb and turns errors into messages and exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        # A model may write any character; a terminal that cannot show it must not end the program.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except OpenZayaError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted; what was reached is saved, and the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough.
-        sys.stderr.close()
-        raise SystemExit(0) from None
+    except OSError as error:
+        # Disk and permissions: a matter between the user and the machine.
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}; check the path, its permissions and the disk", file=sys.stderr)
+        raise SystemExit(1) from None
+    except SystemExit as leaving:
+        # Typer turns Ctrl-C into this code without a word.
+        if leaving.code == 130:
+            print("interrupted; the same command goes on from the last checkpoint of a run", file=sys.stderr)
+        raise
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ def generate(
 ) -> None:
     """Continue a text, or answer one message; tokens are printed as they are made."""
     params = _sampling(temperature, top_p, top_k, min_p, max_tokens, seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _from_stdin(sys.stdin.read) if prompt == "-" else prompt
     session = _session(model, dtype, device)
     for piece in session.reply([{"role": "user", "content": text}], params) if chat else session.go_on(text, params):
         print(piece, end="", flush=True)
@@ -184,12 +194,14 @@ def chat(
     device: Device = "cpu",
 ) -> None:
     """Talk with a model; an empty line or the end of the input ends the chat."""
+    from openzaya.problems.verify import split_response
+
     params = _sampling(temperature, top_p, top_k, min_p, max_tokens, seed)
     session = _session(model, dtype, device)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
-            text = input("> " if sys.stdin.isatty() else "")
+            text = _from_stdin(lambda: input("> " if sys.stdin.isatty() else ""))
         except (EOFError, KeyboardInterrupt):
             break
         if not text.strip():
@@ -204,8 +216,8 @@ def chat(
             # Ctrl-C ends the answer, not the chat.
             pass
         print()
-        # Reasoning stays out of the history, as the model was trained.
-        messages.append({"role": "assistant", "content": answer.rpartition("</think>")[2] or "..."})
+        # Reasoning stays out of the history, as the model was trained; it may also not have come to an end.
+        messages.append({"role": "assistant", "content": split_response(answer)[1] or "..."})
 
 
 @app.command(epilog="Example: openzaya eval runs/smoke/04-sft/model --k 2 --per-cell 2 --json")
@@ -253,9 +265,7 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory, or o
     print(f"{paths.html}\n{paths.markdown}")
 
 
-def _sampling(
-    temperature: float, top_p: float, top_k: int, min_p: float, max_tokens: int, seed: int
-) -> SamplingParams:
+def _sampling(temperature: float, top_p: float, top_k: int, min_p: float, max_tokens: int, seed: int) -> SamplingParams:
     from openzaya.infer.sampling import SamplingParams
 
     if top_p == 0:
@@ -263,6 +273,13 @@ def _sampling(
     return SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_new_tokens=max_tokens, seed=seed
     )
+
+
+def _from_stdin(read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the input is not {error.encoding} text (byte {error.start}); give text") from None
 
 
 def _session(model: str, dtype: str, device: str) -> Any:
@@ -274,12 +291,16 @@ def _session(model: str, dtype: str, device: str) -> Any:
 def _evaluation_text(result: dict[str, Any]) -> str:
     lines = [f"{'group':<14} {'n':>5}  {'greedy':>20}  {'avg@' + str(result['k']):>20}  {'pass@k':>20}  truncated"]
     for name, group in result["groups"].items():
-        intervals = [
-            f"{value:6.1%} [{low:5.1%}, {high:5.1%}]"
-            for value, low, high in (group["greedy"], group["avg_at_k"], group["pass_at_k"])
-        ]
+        intervals = [_interval_text(group[key]) for key in ("greedy", "avg_at_k", "pass_at_k")]
         lines.append(f"{name:<14} {group['n']:>5}  {'  '.join(intervals)}  {group['truncation_rate']:.1%}")
     return "\n".join(lines)
+
+
+def _interval_text(interval: list[float] | None) -> str:
+    if interval is None:
+        return f"{'no verdict':>22}"
+    value, low, high = interval
+    return f"{value:6.1%} [{low:5.1%}, {high:5.1%}]"
 
 
 if __name__ == "__main__":

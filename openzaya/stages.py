@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from openzaya.config import Resolved, load_recipe
-from openzaya.errors import ConfigError, DataError
+from openzaya.errors import ConfigError
 from openzaya.runlog import RunLog, read_json, write_text_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+MAY_CHANGE = ("checkpoint_every", "keep_checkpoints", "threads")
+"""Settings of a training stage that may differ when it is resumed."""
 STAGE_FILE = re.compile(r"\d\d-[a-z0-9-]+\.toml\Z")
 
 
@@ -47,7 +49,7 @@ def run_pipeline(recipes: Path, out: Path, overrides: Sequence[str] = ()) -> Pat
     ``overrides`` are ``STAGE.key.sub=value``, for example ``02-pretrain.steps=100``.
 
     Raises:
-        ConfigError: no stages, an override for no stage, or a finished stage whose recipe has changed since.
+        ConfigError: no stages, an override for no stage, or a stage whose recipe has changed since it was begun.
     """
     from openzaya.eval.report import write_report
 
@@ -73,17 +75,33 @@ def run_stage(recipe_file: Path, directory: Path, overrides: Sequence[str] = (),
         raise ConfigError(f"{recipe_file} is of kind '{found}', not '{kind}'; use 'openzaya run' or the right command")
     schema, run = _kinds()[found]
     recipe = load_recipe(recipe_file, schema, overrides)
+    _refuse_another_recipe(directory, recipe)
     if is_finished(directory):
-        saved = (directory / "resolved.toml").read_text(encoding="utf-8")
-        if saved != recipe.to_toml():
-            raise ConfigError(
-                f"{directory} was finished with another recipe ({_first_difference(saved, recipe.to_toml())}); "
-                "remove that directory and those of the stages behind it, or choose another --out"
-            )
         print(f"{directory.name}: done already", file=sys.stderr)
         return
     directory.mkdir(parents=True, exist_ok=True)
     run(recipe, directory)
+
+
+def _refuse_another_recipe(directory: Path, recipe: Resolved[Any]) -> None:
+    """A stage is finished, and goes on from its checkpoints, with the recipe that it was begun with only."""
+    finished, saved_file = is_finished(directory), directory / "resolved.toml"
+    if not saved_file.is_file() or not (finished or any((directory / "checkpoints").glob("step-*.pt"))):
+        return
+    saved, wanted = saved_file.read_text(encoding="utf-8"), recipe.to_toml()
+    if not finished:
+        saved, wanted = (_without_bookkeeping(text) for text in (saved, wanted))
+    if saved != wanted:
+        raise ConfigError(
+            f"{directory} was {'finished' if finished else 'begun'} with another recipe "
+            f"({_first_difference(saved, wanted)}); "
+            "remove that directory and those of the stages behind it, or choose another --out"
+        )
+
+
+def _without_bookkeeping(resolved_toml: str) -> str:
+    """Without the settings that an interrupted stage may change."""
+    return "\n".join(line for line in resolved_toml.splitlines() if line.partition(" ")[0] not in MAY_CHANGE)
 
 
 def is_finished(directory: Path) -> bool:

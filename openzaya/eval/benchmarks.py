@@ -3,7 +3,8 @@
 For each family and difficulty ``per_cell`` problems of the held-out split are drawn; each is answered once
 greedily and k times at the recipe's temperature. avg@k is the mean reward of the k samples, pass@k the share of
 problems with a correct sample, majority@k the reward of the most frequent answer (ties: the earliest). A verifier
-without a verdict leaves its response out, and is counted. Responses that reached the token limit are truncated.
+without a verdict leaves its response out, and is counted; a number with nothing behind it is null. Responses that
+reached the token limit are truncated.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from openzaya.infer.generate import Completion, generate
 from openzaya.infer.sampling import SamplingParams
 from openzaya.model.transformer import Zaya
 from openzaya.problems import NEVER_TRAINED, TRAINED_FAMILIES, Problem, Verdict, get_family, make_problem
+from openzaya.problems.verify import split_response
 
 SAMPLES_KEPT = 4
 """Responses a family, difficulty and kind (right, wrong) that are kept for reading."""
@@ -120,7 +122,7 @@ def evaluate(
 def draw_problems(config: EvalConfig) -> list[Problem]:
     """The problems asked, without repetitions where a family has enough of them."""
     difficulties = sorted({*range(config.easy[0], config.easy[1] + 1), *range(config.hard[0], config.hard[1] + 1)})
-    problems = []
+    problems: list[Problem] = []
     for family in config.families:
         get_family(family)
         for difficulty in difficulties:
@@ -144,8 +146,8 @@ def judge(
 ) -> Answered:
     """Decode and verify the answers to one problem."""
     family = get_family(problem.family)
-    responses = [tokenizer.decode(completion.tokens) for completion in samples]
-    greedy_response = tokenizer.decode(greedy.tokens)
+    responses = [str(tokenizer.decode(completion.tokens)) for completion in samples]
+    greedy_response = str(tokenizer.decode(greedy.tokens))
     verdicts = [family.verify(problem, response, strict=strict) for response in responses]
     greedy_verdict = family.verify(problem, greedy_response, strict=strict)
     return Answered(problem, greedy, greedy_verdict, list(samples), verdicts, responses, greedy_response)
@@ -181,23 +183,32 @@ def summarise(answered: Sequence[Answered], config: EvalConfig, seconds: float) 
 def _group(items: Sequence[Answered]) -> dict[str, Any]:
     return {
         "n": len(items),
-        "avg_at_k": mean_with_interval([float(np.mean(item.rewards)) for item in items if item.rewards]),
-        "greedy": mean_with_interval([r for item in items if (r := item.greedy_verdict.reward) is not None]),
-        "pass_at_k": mean_with_interval([max(item.rewards) for item in items if item.rewards]),
-        "majority_at_k": mean_with_interval([_majority_reward(item) for item in items if item.rewards]),
+        "avg_at_k": _interval([float(np.mean(item.rewards)) for item in items if item.rewards]),
+        "greedy": _interval([r for item in items if (r := item.greedy_verdict.reward) is not None]),
+        "pass_at_k": _interval([max(item.rewards) for item in items if item.rewards]),
+        "majority_at_k": _interval([_majority_reward(item) for item in items if item.rewards]),
         "truncation_rate": _truncation_rate(items),
         "difficulties": sorted({item.problem.difficulty for item in items}),
+        "families": list(dict.fromkeys(item.problem.family for item in items)),
     }
+
+
+def _interval(per_problem: list[float]) -> list[float] | None:
+    return mean_with_interval(per_problem) if per_problem else None
 
 
 def _cell(items: Sequence[Answered]) -> dict[str, Any]:
     group = _group(items)
+
+    def mean(key: str) -> float | None:
+        return None if group[key] is None else group[key][0]
+
     return {
         "n": group["n"],
-        "greedy": group["greedy"][0],
-        "avg": group["avg_at_k"][0],
-        "pass_k": group["pass_at_k"][0],
-        "majority": group["majority_at_k"][0],
+        "greedy": mean("greedy"),
+        "avg": mean("avg_at_k"),
+        "pass_k": mean("pass_at_k"),
+        "majority": mean("majority_at_k"),
         "truncated": group["truncation_rate"],
     }
 
@@ -210,9 +221,9 @@ def _truncation_rate(items: Sequence[Answered]) -> float:
 def _majority_reward(item: Answered) -> float:
     """Reward of the most frequent answer text among the samples that have one."""
     answers = [
-        (response.rpartition("</think>")[2].strip(), verdict.reward)
+        (answer, verdict.reward)
         for response, verdict in zip(item.responses, item.verdicts, strict=True)
-        if "</think>" in response and verdict.reward is not None
+        if verdict.reward is not None and (answer := split_response(response)[1])
     ]
     if not answers:
         return 0.0

@@ -47,9 +47,7 @@ class ChatSession:
         self, messages: Sequence[dict[str, Any]], params: SamplingParams, *, enable_thinking: bool = True
     ) -> Iterator[str]:
         """The assistant's next turn, reasoning included."""
-        rendered = render(
-            messages, self.tokenizer, add_generation_prompt=True, enable_thinking=enable_thinking
-        )
+        rendered = render(messages, self.tokenizer, add_generation_prompt=True, enable_thinking=enable_thinking)
         return self._pieces(rendered.tokens, params)
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
@@ -58,10 +56,14 @@ class ChatSession:
         shown = ""
         for token in stream(self.model, prompt, params):
             generated.append(token)
-            text = self.tokenizer.decode(generated)
+            text = self._text(generated)
             if not text.endswith("�"):
                 yield text[len(shown) :]
                 shown = text
-        text = self.tokenizer.decode(generated)
+        text = self._text(generated)
         if text != shown:
             yield text[len(shown) :]
+
+    def _text(self, tokens: list[int]) -> str:
+        # Cleaning up blanks may rewrite text that was already shown.
+        return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

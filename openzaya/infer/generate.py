@@ -1,8 +1,8 @@
 """Cached generation for a list of prompts: plain batches, rows that are done leave the batch.
 
 Prompts of similar length share a batch, are padded on the left and prefilled once; ``num_samples`` continuations
-of a prompt are forks of the same prefill. Each row has its own seed, so the tokens of a row do not depend on the
-batch it was in (up to rounding of matrix products).
+of a prompt are forks of the same prefill. Each row has its own seed and its own room below the model's positions,
+so the tokens of a row do not depend on the batch it was in (up to rounding of matrix products).
 
 Shape suffixes: B rows, T tokens, V vocabulary.
 """
@@ -58,7 +58,8 @@ def generate(
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < limit:
             raise DataError(
-                f"prompt {index} has {len(prompt)} tokens; it needs at least 1 and fewer than the model's {limit} positions"
+                f"prompt {index} has {len(prompt)} tokens; it needs at least 1 and fewer than "
+                f"the model's {limit} positions"
             )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     prompts_per_batch = max(1, max_rows // num_samples)
@@ -66,12 +67,15 @@ def generate(
     done, generated = 0, 0
     for start in range(0, len(order), prompts_per_batch):
         chosen = order[start : start + prompts_per_batch]
-        seeds = [params.seed + index * num_samples + sample for index in chosen for sample in range(num_samples)]
-        completions = _generate_batch(model, [prompts[index] for index in chosen], params, num_samples, seeds)
-        for place, index in enumerate(chosen):
-            results[index] = completions[place * num_samples : (place + 1) * num_samples]
+        # A prompt with more samples than rows is prefilled again for each part of them.
+        for first in range(0, num_samples, max_rows):
+            samples = range(first, min(first + max_rows, num_samples))
+            seeds = [params.seed + index * num_samples + sample for index in chosen for sample in samples]
+            completions = _generate_batch(model, [prompts[index] for index in chosen], params, len(samples), seeds)
+            for place, index in enumerate(chosen):
+                results[index] += completions[place * len(samples) : (place + 1) * len(samples)]
+            generated += sum(len(completion.tokens) for completion in completions)
         done += len(chosen)
-        generated += sum(len(completion.tokens) for completion in completions)
         if progress is not None:
             progress(done, generated)
     return results
@@ -81,7 +85,13 @@ def _generate_batch(
     model: Zaya, prompts: list[Sequence[int]], params: SamplingParams, num_samples: int, seeds: list[int]
 ) -> list[Completion]:
     tokens_BT, mask_BT = pad_left(prompts, model.config.pad_token_id, model.device)
-    num_steps = min(params.max_new_tokens, model.config.max_position_embeddings - tokens_BT.shape[1])
+    # Padding takes none of a short prompt's room: positions are relative, so a row may run past the limit by it.
+    room = [
+        min(params.max_new_tokens, model.config.max_position_embeddings - len(prompt))
+        for prompt in prompts
+        for _ in range(num_samples)
+    ]
+    num_steps = max(room)
     cache = model.make_cache(len(prompts), tokens_BT.shape[1] + num_steps)
     logits_BV = model(tokens_BT, attention_mask=mask_BT, cache=cache, last_only=True)[:, 0]
     if num_samples > 1:
@@ -92,19 +102,23 @@ def _generate_batch(
     uniforms_BS = uniforms(seeds, num_steps).to(model.device)
     generated: list[list[int]] = [[] for _ in seeds]
     stopped = [False] * len(seeds)
+
+    def is_running(row: int) -> bool:
+        return not stopped[row] and len(generated[row]) < room[row]
+
     rows = list(range(len(seeds)))
     for step in range(num_steps):
         next_B = draw(logits_BV, params, uniforms_BS[:, step])
         for place, token in enumerate(next_B.tolist()):
             row = rows[place]
-            if stopped[row]:
+            if not is_running(row):
                 continue
             if token == model.config.eos_token_id:
                 stopped[row] = True
             else:
                 generated[row].append(token)
-        running = [place for place, row in enumerate(rows) if not stopped[row]]
-        if not running or step == num_steps - 1:
+        running = [place for place, row in enumerate(rows) if is_running(row)]
+        if not running:
             break
         if len(running) < COMPACT_BELOW * len(rows):
             kept = torch.tensor(running, device=model.device)

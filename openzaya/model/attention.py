@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openzaya.kernels import functions as kernels
 from openzaya.model.cache import LayerCache
 from openzaya.model.cca import CCAProjection
 from openzaya.model.config import ZayaConfig
@@ -102,8 +103,17 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | None,
     ) -> Tensor:
-        queries_keys_NHd, values_NKd = self.qkv_proj(hidden_ND, layout, cache)
-        queries_keys_NHd = rotate(self.qk_norm(queries_keys_NHd), rotary).to(values_NKd.dtype)
+        if cache is None and isinstance(self.qkv_proj, CCAProjection) and kernels.suits(hidden_ND, self.o_proj.weight):
+            queries_keys_NHd, values_NKd = self.qkv_proj.mixed_and_turned(
+                hidden_ND, layout, self.qk_norm.temp, rotary
+            )
+        else:
+            queries_keys_NHd, values_NKd = self.qkv_proj(hidden_ND, layout, cache)
+            queries_keys_NHd = rotate(self.qk_norm(queries_keys_NHd), rotary).to(values_NKd.dtype)
+        if cache is None and layout.is_token_BT is None and kernels.suits(queries_keys_NHd, values_NKd):
+            lengths = layout.document_lengths or [layout.row_length] * layout.batch_size
+            if kernels.suits_attention(lengths, values_NKd.shape[1]):
+                return self.o_proj(kernels.attend(queries_keys_NHd, values_NKd, lengths, self.sliding_window))
         queries_NHd, keys_NKd = queries_keys_NHd.tensor_split((self.num_query_heads,), dim=1)
         if layout.document_lengths is None:
             heads_ND = attend_rows(queries_NHd, keys_NKd, values_NKd, layout, self.sliding_window, cache)
@@ -158,8 +168,19 @@ def attend_documents(
 
 def scaled_dot_product(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V; each key head serves its group of query heads."""
+    if queries.shape[2] == 1 and queries.device.type == "cpu":
+        return _attend_one_token(queries, keys, values, mask)
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=is_causal, enable_gqa=grouped)
+
+
+def _attend_one_token(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Decoding: PyTorch's fused kernel works in blocks of queries, and two plain products beat it for one query."""
+    grouped_BKGd = queries[:, :, 0].unflatten(1, (keys.shape[1], -1))
+    scores_BKGS = (grouped_BKGd @ keys.transpose(2, 3)).float() * queries.shape[-1] ** -0.5
+    if mask is not None:
+        scores_BKGS = scores_BKGS.masked_fill(~mask, float("-inf"))
+    return (scores_BKGS.softmax(dim=-1).to(values.dtype) @ values).flatten(1, 2)[:, :, None]
 
 
 def causal_mask(

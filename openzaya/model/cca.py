@@ -20,12 +20,12 @@ S tokens with their history in front.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openzaya.kernels import functions as kernels
 from openzaya.model.cache import LayerCache
 from openzaya.model.config import ZayaConfig
-from openzaya.model.layers import Linear, at_least_float
+from openzaya.model.layers import Linear, at_least_float, linear
 from openzaya.model.layout import TokenLayout
 
 
@@ -55,12 +55,9 @@ class CCAProjection(nn.Module):
 
     def forward(self, hidden_ND: Tensor, layout: TokenLayout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         """Returns queries and keys together (N, h_q + h_k, d) and values (N, h_k, d), in fp32."""
-        if layout.is_token_N is not None:
-            hidden_ND = hidden_ND * layout.is_token_N[:, None]
-        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj_current.weight, self.v_proj_delayed.weight)
-        z_NC, current, delayed_source = F.linear(hidden_ND, torch.cat(weights)).split(
-            (self.conv_qk_depthwise.bias.numel(), weights[2].shape[0], weights[3].shape[0]), dim=-1
-        )
+        half_of_values = self.v_proj_current.weight.shape[0]
+        sizes = (self.conv_qk_depthwise.bias.numel(), half_of_values, half_of_values)
+        z_NC, current, delayed_source = self.project(hidden_ND, layout).split(sizes, dim=-1)
         if cache is None:
             mixed_NHd = self.convolve(z_NC, layout.offset_N)
             delayed = delay(delayed_source, 1, layout.offset_N)
@@ -70,6 +67,13 @@ class CCAProjection(nn.Module):
             delayed = cache.previous_values(delayed_source, layout)
         values = torch.cat((current, delayed.to(current.dtype)), dim=-1)
         return mixed_NHd + self.mean_of_queries_and_keys(z_NC), values.unflatten(-1, (-1, self.head_dim))
+
+    def project(self, hidden_ND: Tensor, layout: TokenLayout) -> Tensor:
+        """z, the current and the not yet delayed value channels side by side, in one product; 0 at padding."""
+        if layout.is_token_N is not None:
+            hidden_ND = hidden_ND * layout.is_token_N[:, None]
+        projections = (self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed)
+        return linear(hidden_ND, torch.cat([projection.weight for projection in projections]))
 
     def convolve(self, z_NC: Tensor, offset_N: Tensor) -> Tensor:
         """Both convolutions: (N, C) to (N, H, d) in fp32; rows with ``offset`` 0 start a document."""
@@ -92,6 +96,21 @@ class CCAProjection(nn.Module):
             y_HNd = delay(y_NC, lag, offset_N).unflatten(1, (heads, self.head_dim)).transpose(0, 1)
             mixed_HNd = mixed_HNd + at_least_float(y_HNd @ taps_Hdd[-1 - lag])
         return mixed_HNd.transpose(0, 1)
+
+    def mixed_and_turned(
+        self, hidden_ND: Tensor, layout: TokenLayout, temperature_K: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` without a cache, QK-norm and RoPE in one pass of a kernel."""
+        depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
+        return kernels.cca_mix(
+            self.project(hidden_ND, layout),
+            (depthwise.weight, depthwise.bias),
+            (grouped.weight, grouped.bias),
+            temperature_K,
+            rotary,
+            layout.offset_N,
+            self.num_query_heads,
+        )
 
     def mean_of_queries_and_keys(self, z_NC: Tensor) -> Tensor:
         """QK-mean (N, H, d) in fp32: each query with its key head, each key head with its queries' mean."""

@@ -131,7 +131,7 @@ class ZayaConfig(BaseModel):
         """True where ZAYA's own checkpoint layouts can hold the model."""
         return self.attention == "cca" and self.router == "mlp+eda" and self.residual == "learned"
 
-    def with_changes(self, **changes: Any) -> ZayaConfig:
+    def with_changes(self, /, **changes: Any) -> ZayaConfig:
         """A validated copy with some fields changed; raises :class:`ConfigError`."""
         values = self.model_dump()
         if "num_hidden_layers" in changes and "layer_types" not in changes:

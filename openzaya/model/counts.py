@@ -34,7 +34,7 @@ class Part:
 
 
 def layer_parts(config: ZayaConfig, layer_index: int) -> dict[str, Part]:
-    """The parts of layer ``layer_index``: ``attention``, ``router``, ``expert`` (one of them), ``norms_and_residuals``."""
+    """The parts of one layer: ``attention``, ``router``, ``expert`` (one of them), ``norms_and_residuals``."""
     num_residual_vectors = 8 if config.residual == "learned" else 0
     return {
         "attention": _attention(config),

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openzaya.kernels import functions as kernels
 from openzaya.model.config import ZayaConfig
 from openzaya.model.router import Route
 
@@ -31,6 +32,8 @@ class Experts(nn.Module):
         """``grouped`` or ``loop``; same numbers, other speed."""
 
     def forward(self, hidden_ND: Tensor, route: Route) -> Tensor:
+        if self.implementation == "grouped" and kernels.suits(hidden_ND, self.gate_up_proj, self.down_proj):
+            return kernels.experts(hidden_ND, route.choice_N, route.gate_N, self.gate_up_proj, self.down_proj)
         run = grouped_experts if self.implementation == "grouped" else loop_experts
         return run(hidden_ND, route.choice_N, route.gate_N, self.gate_up_proj, self.down_proj)
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openzaya.kernels import functions as kernels
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; in fp32, returned in the weight's dtype."""
@@ -23,6 +25,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2 and kernels.suits(x, self.weight):
+            return kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(at_least_float(x), (x.shape[-1],), at_least_float(self.weight), self.eps).to(
             self.weight.dtype
         )
@@ -37,7 +41,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class LearnedResidual(nn.Module):
@@ -51,6 +55,9 @@ class LearnedResidual(nn.Module):
         self.residual_bias = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, output_ND: Tensor, residual_ND: Tensor) -> Tensor:
+        vectors = (self.hidden_states_scale, self.hidden_states_bias, self.residual_scale, self.residual_bias)
+        if kernels.suits(output_ND, residual_ND, *vectors):
+            return kernels.merge(output_ND, residual_ND, *vectors)
         scaled_ND = (at_least_float(output_ND) + self.hidden_states_bias) * self.hidden_states_scale
         return scaled_ND + (residual_ND + self.residual_bias) * self.residual_scale
 
@@ -66,6 +73,13 @@ class PlainResidual(nn.Module):
 
 
 RESIDUALS = {"learned": LearnedResidual, "plain": PlainResidual}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b over the last dimension."""
+    if x.dim() == 2 and kernels.suits(x, weight, bias):
+        return kernels.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def at_least_float(x: Tensor) -> Tensor:

@@ -248,22 +248,28 @@ class Zaya(nn.Module):
         }
 
     def _check(self, tokens: Tensor, forced_experts: Tensor | None) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
+        if tokens.dim() != 2 or tokens.numel() == 0:
             raise DataError(f"tokens have shape {tuple(tokens.shape)}; pass (rows, tokens) with at least one token")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise DataError(f"tokens have dtype {tokens.dtype}, expected torch.int64; pass token ids")
+        num_layers, num_experts = self.config.num_hidden_layers, self.config.num_experts
+        if forced_experts is not None and forced_experts.shape != (*tokens.shape, num_layers):
+            raise DataError(
+                f"forced_experts have shape {tuple(forced_experts.shape)}, expected {(*tokens.shape, num_layers)}; "
+                "pass one class a token and layer"
+            )
         if tokens.device.type == "meta":
             return
-        if tokens.numel():
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise DataError(
-                    f"token ids range from {low} to {high}, the vocabulary holds {self.config.vocab_size}; "
-                    "use the tokenizer that belongs to this checkpoint"
-                )
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise DataError(
+                f"token ids range from {low} to {high}, the vocabulary holds {self.config.vocab_size}; "
+                "use the tokenizer that belongs to this checkpoint"
+            )
         if forced_experts is not None:
-            expected = (*tokens.shape, self.config.num_hidden_layers)
-            if tuple(forced_experts.shape) != expected:
-                raise DataError(f"forced_experts have shape {tuple(forced_experts.shape)}, expected {expected}")
-            if int(forced_experts.max()) > self.config.num_experts:
+            low, high = int(forced_experts.min()), int(forced_experts.max())
+            if low < 0 or high > num_experts:
                 raise DataError(
-                    f"forced_experts name class {int(forced_experts.max())}, the last one is {self.config.num_experts}"
+                    f"forced_experts name class {low if low < 0 else high}, the classes are 0 to {num_experts} (skip); "
+                    "replay choices recorded with this model"
                 )

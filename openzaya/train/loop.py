@@ -33,7 +33,7 @@ from openzaya.model.balancing import Balancer, count_load, load_entropy, load_sh
 from openzaya.model.config import preset
 from openzaya.model.transformer import ForwardRecord, Zaya
 from openzaya.runlog import Metric, RunLog
-from openzaya.train.checkpoint import load_latest, save_checkpoint
+from openzaya.train.checkpoint import list_checkpoints, load_latest, save_checkpoint
 from openzaya.train.loss import linear_cross_entropy
 from openzaya.train.optim import MuonAdamW
 from openzaya.train.recipe import ModelChoice, TrainConfig
@@ -47,7 +47,7 @@ def train(recipe: Resolved[TrainConfig], directory: Path, *, resume: bool = True
     """Run one phase in ``directory`` and return the exported model's path.
 
     Names of earlier stages in the recipe are looked up beside ``directory``. With ``resume`` the newest
-    checkpoint there is continued, if there is one.
+    checkpoint there is continued, if there is one; without it, those that are there are removed.
 
     Raises:
         OpenZayaError: a recipe, checkpoint or data source that cannot be used.
@@ -60,6 +60,9 @@ def train(recipe: Resolved[TrainConfig], directory: Path, *, resume: bool = True
         trainer = Trainer(config, directory.parent)
         if resume:
             trainer.resume(directory / "checkpoints")
+        else:
+            for path in list_checkpoints(directory / "checkpoints"):
+                path.unlink()
         with RunLog(
             directory,
             total_steps=config.steps,
@@ -89,8 +92,9 @@ class Trainer:
         self.tokenizer = load_tokenizer(_tokenizer_path(config, stages))
         if len(self.tokenizer) > self.model.config.vocab_size:
             raise ConfigError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model's vocabulary {self.model.config.vocab_size};"
-                " train a smaller tokenizer or raise model.changes.vocab_size"
+                f"the tokenizer has {len(self.tokenizer)} tokens, "
+                f"the model's vocabulary {self.model.config.vocab_size}; "
+                "train a smaller tokenizer or raise model.changes.vocab_size"
             )
         if config.context_length > self.model.config.max_position_embeddings:
             raise ConfigError(
@@ -174,6 +178,7 @@ class Trainer:
             "balancer": self.balancer.state_dict(),
             "data": self.batches.state_dict(),
             "counters": {"tokens": self.tokens, "supervised_tokens": self.supervised_tokens, "seconds": self.seconds},
+            "last_metrics": self.last_metrics,
             "random_state": torch.get_rng_state(),
         }
 
@@ -189,6 +194,7 @@ class Trainer:
         self.step = state["step"]
         self.tokens, self.supervised_tokens = state["counters"]["tokens"], state["counters"]["supervised_tokens"]
         self.seconds = state["counters"]["seconds"]
+        self.last_metrics = state["last_metrics"]
         torch.set_rng_state(state["random_state"])
 
     def final_numbers(self) -> dict[str, Any]:
@@ -204,8 +210,8 @@ class Trainer:
 
     def export(self, path: Path) -> Path:
         """Save the model with its tokenizer: natively where the layout can hold it."""
-        layout = "native" if self.model.config.is_released_architecture else "openzaya"
-        hf.save(self.model, path, layout=layout, tokenizer=self.tokenizer)
+        is_released = self.model.config.is_released_architecture
+        hf.save(self.model, path, layout="native" if is_released else "openzaya", tokenizer=self.tokenizer)
         return path
 
 
@@ -234,7 +240,9 @@ def _starting_model(choice: ModelChoice, stages: Path) -> Zaya:
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in Zaya(changed).state_dict().items()}
     if wanted != {name: tensor.shape for name, tensor in model.state_dict().items()}:
-        raise ConfigError(f"model.changes={choice.changes} would change the shapes of {choice.start_from}: {FIXED_BY_SHAPES}")
+        raise ConfigError(
+            f"model.changes={choice.changes} would change the shapes of {choice.start_from}: {FIXED_BY_SHAPES}"
+        )
     return model.with_config(changed)
 
 

@@ -59,8 +59,7 @@ def random_config(draw: random.Random) -> ZayaConfig:
         rope_theta=draw.choice((10.0, 10_000.0, 5_000_000.0)),
         rope_theta_sliding=draw.choice((7.0, 10_000.0)),
         partial_rotary_factor=draw.choice((0.5, 1.0)),
-        # A window of 1 is left out: the cache of transformers then keeps every key instead of none.
-        sliding_window=draw.randint(2, 7),
+        sliding_window=draw.randint(1, 7),
         layer_types=tuple(draw.choice(("hybrid", "hybrid_sliding")) for _ in range(num_layers)),
         max_position_embeddings=128,
         eos_token_id=4,
@@ -117,14 +116,10 @@ def transformers_config(config: ZayaConfig) -> Any:
     """The ``transformers`` configuration of the same shape."""
     from transformers import ZayaConfig as TransformersConfig
 
-    names = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim num_experts "
-        "moe_intermediate_size router_hidden_size cca_time0 cca_time1 rms_norm_eps sliding_window "
-        "max_position_embeddings initializer_range pad_token_id bos_token_id eos_token_id"
-    ).split()
+    shared = set(TransformersConfig().to_dict()) & set(ZayaConfig.model_fields)
     bases = {"hybrid": config.rope_theta, "hybrid_sliding": config.rope_theta_sliding}
     return TransformersConfig(
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in sorted(shared - {"layer_types"})},
         layer_types=list(config.layer_types),
         rope_parameters={
             kind: {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": config.partial_rotary_factor}

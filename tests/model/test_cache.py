@@ -1,4 +1,4 @@
-"""Decoding state: cached token by token, in chunks, or not at all, the logits are the same; and so are ``transformers``'.
+"""Decoding state: token by token, in chunks or in one pass, the logits are the same, and so are ``transformers``'.
 
 Snapshots, rollback and forks are compared with runs that never took the other path.
 """
@@ -57,7 +57,7 @@ def random_chunks(total: int, draw: random.Random) -> list[int]:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("seed", range(16))
-def test_token_by_token_and_chunks_equal_the_full_pass(seed: int, padded: bool) -> None:
+def test_token_by_token_and_chunks_equal_the_full_pass(seed: int, padded: bool, arithmetic: str) -> None:
     draw = random.Random(seed)
     config = random_config(draw)
     model, rows, length = perturbed(config, seed), draw.randint(2, 3), draw.randint(2, 26)
@@ -75,11 +75,16 @@ def test_token_by_token_and_chunks_equal_the_full_pass(seed: int, padded: bool) 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("seed", range(16))
 def test_cached_decoding_equals_that_of_transformers(seed: int, padded: bool) -> None:
-    """A prompt, then token by token; padding is masked in the prompt and seen in the cache from then on."""
+    """A prompt, then token by token; padding is masked in the prompt and seen in the cache from then on.
+
+    A window of 1 is left out: there ``transformers``' cache keeps every key instead of none, and its cached logits
+    are off by more than half of its own uncached ones.
+    """
     from transformers import DynamicCache
 
     draw = random.Random(100 + seed)
     config = random_config(draw)
+    config = config.with_changes(sliding_window=max(config.sliding_window or 0, 2))
     model, rows, length = perturbed(config, seed), 2, draw.randint(4, 20)
     tokens = random_tokens(config, rows, length, torch.Generator().manual_seed(seed))
     prompt = draw.randint(2, length - 1)
@@ -89,9 +94,7 @@ def test_cached_decoding_equals_that_of_transformers(seed: int, padded: bool) ->
     twin = transformers_twin(model)
     theirs, their_cache = [], DynamicCache(config=twin.config)
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, length))]:
-        output = twin(
-            tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=their_cache, use_cache=True
-        )
+        output = twin(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=their_cache, use_cache=True)
         theirs.append(output.logits)
     cache = model.make_cache(rows, length)
     ours = [model(tokens[:, :prompt], attention_mask=mask[:, :prompt], cache=cache)]
@@ -120,9 +123,7 @@ def test_padding_ids_mean_nothing() -> None:
     other = tokens.clone()
     other[1, :6] = 7
     real = mask.bool()
-    first, second = (
-        feed(model, model.make_cache(2, 10), ids, [3, 5, 2], mask)[real] for ids in (tokens, other)
-    )
+    first, second = (feed(model, model.make_cache(2, 10), ids, [3, 5, 2], mask)[real] for ids in (tokens, other))
     assert logits_error(first, second) < 1e-6
     assert bool(feed(model, model.make_cache(2, 10), tokens, [3, 5, 2], mask).isfinite().all())
 

@@ -174,6 +174,17 @@ def test_transformers_loads_what_we_save_with_the_same_logits(tmp_path, config):
         torch.testing.assert_close(model(tokens), theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_transformers_keeps_our_bytes_in_bfloat16(tmp_path):
+    from transformers import ZayaForCausalLM
+
+    state = native_state(MINI, dtype=torch.bfloat16)
+    write(tmp_path / "source", LEGACY_CONFIG, legacy_state(MINI, state))
+    hf.save(hf.load(tmp_path / "source"), tmp_path / "ours")
+    theirs = ZayaForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto").state_dict()
+    del theirs["lm_head.weight"]
+    assert same(theirs, state)
+
+
 def test_we_load_what_transformers_saves(tmp_path):
     from transformers import ZayaConfig as ReferenceConfig
     from transformers import ZayaForCausalLM

@@ -173,5 +173,4 @@ def test_full_size_8b_between_transformers_and_us(tmp_path):
         "assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))\n" + DIGESTS
     )
     shutil.rmtree(ours)
-    del written["model.layers.20.mlp.gate.balancing_biases"], reloaded["model.layers.20.mlp.gate.balancing_biases"]
     assert reloaded == written
