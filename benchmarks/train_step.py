@@ -35,11 +35,11 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from openzaya.kernels import build  # noqa: E402
-from openzaya.kernels.host import keep_freed_memory  # noqa: E402
-from openzaya.model.config import ZayaConfig, preset  # noqa: E402
+from openzaya.kernels import build
+from openzaya.kernels.host import keep_freed_memory
+from openzaya.model.config import ZayaConfig, preset
 
 RESULT = Path(__file__).parent / "results" / "train_step.json"
 PEERS = ("grouped_mm", "eager")
@@ -58,7 +58,9 @@ def fill(model: torch.nn.Module, initializer_range: float) -> None:
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
-                parameter.normal_(std=initializer_range, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+                parameter.normal_(
+                    std=initializer_range, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                )
 
 
 def make_batch(config: ZayaConfig, rows: int, length: int) -> torch.Tensor:

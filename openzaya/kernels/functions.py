@@ -12,19 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from openzaya.kernels.build import library
+from openzaya.kernels.host import recycled_empty
 
 MIN_TOKENS = 32
 """Fewer tokens than this (decoding) are left to PyTorch: packing a matrix would cost more than it saves."""
 MAX_DOCUMENT_LENGTH = 8192
 """Longer documents are left to PyTorch's attention, which keeps its blocks in the cache."""
+LARGE_EXPERT = 1 << 20
+"""Experts with this many weights in a matrix are multiplied by PyTorch: few tokens visit each, and packing a
+matrix would cost as much as using it."""
 
 _enabled = True
 
@@ -87,7 +93,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
@@ -98,7 +104,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -119,7 +125,7 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, epsilon):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, weight, epsilon):  # type: ignore[no-untyped-def]
         x = x.contiguous()
         output, inverse = torch.empty_like(x), x.new_empty(x.shape[0])
         _call("norm_forward", *x.shape, float(epsilon), x, weight, output, inverse)
@@ -128,21 +134,23 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x, weight, inverse = ctx.saved_tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         _call("norm_backward", *x.shape, x, weight, inverse, gradient.contiguous(), dx, dweight, _room(x.shape[1]))
         return dx, dweight, None
 
 
-def merge(output_ND: Tensor, residual_ND: Tensor, scale: Tensor, bias: Tensor, r_scale: Tensor, r_bias: Tensor) -> Tensor:
+def merge(
+    output_ND: Tensor, residual_ND: Tensor, scale: Tensor, bias: Tensor, r_scale: Tensor, r_bias: Tensor
+) -> Tensor:
     """(output + bias) * scale + (residual + r_bias) * r_scale; twin: ``LearnedResidual``."""
     return _Merge.apply(output_ND, residual_ND, scale, bias, r_scale, r_bias)
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output, residual, *vectors):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, output, residual, *vectors):  # type: ignore[no-untyped-def]
         output, residual = output.contiguous(), residual.contiguous()
         ctx.save_for_backward(output, residual, *vectors)
         merged = torch.empty_like(output)
@@ -151,7 +159,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         output, residual, *vectors = ctx.saved_tensors
         d_output, d_residual = torch.empty_like(output), torch.empty_like(output)
         size = output.shape[1]
@@ -191,7 +199,7 @@ def cca_mix(
 
 class _CcaMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, projected, weight0, bias0, weight1, bias1, temperature, cosine, sine, offset, query_heads):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, projected, weight0, bias0, weight1, bias1, temperature, cosine, sine, offset, query_heads):  # type: ignore[no-untyped-def]
         tokens, key_heads = projected.shape[0], temperature.shape[0]
         channels, head_dim, kernel1 = weight1.shape
         heads = channels // head_dim
@@ -216,12 +224,16 @@ class _CcaMix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_queries_keys, d_values):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, d_queries_keys, d_values):  # type: ignore[no-untyped-def]
         projected, taps0, taps1, bias0, temperatures, cosine, sine, offset, mixed, length = ctx.saved_tensors
         kernel1, heads, head_dim, _ = taps1.shape
         sizes = (taps0.numel(), taps1.numel(), heads * head_dim, heads)
         parameters = projected.new_empty(sum(sizes))
-        d_projected, d_mixed, d_depthwise = torch.empty_like(projected), torch.empty_like(mixed), torch.empty_like(mixed)
+        d_projected, d_mixed, d_depthwise = (
+            torch.empty_like(projected),
+            torch.empty_like(mixed),
+            torch.empty_like(mixed),
+        )
         _call(
             "cca_backward", ctx.shape, projected, taps0, taps1, temperatures, cosine, sine, offset, mixed, length,
             d_queries_keys.contiguous(), d_values.contiguous(), d_projected, d_mixed, d_depthwise,
@@ -254,7 +266,7 @@ def suits_attention(lengths: list[int], num_key_heads: int) -> bool:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries_keys, values, lengths, window):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, queries_keys, values, lengths, window):  # type: ignore[no-untyped-def]
         queries_keys, values = queries_keys.contiguous(), values.contiguous()
         tokens, heads, head_dim = queries_keys.shape
         key_heads = values.shape[1]
@@ -269,7 +281,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         queries_keys, values, starts, output, log_sums = ctx.saved_tensors
         d_queries_keys, d_values = torch.empty_like(queries_keys), torch.empty_like(values)
         inputs = (starts, queries_keys, values, output, log_sums, gradient.contiguous())
@@ -282,16 +294,16 @@ class _Attend(torch.autograd.Function):
 
 def experts(hidden_ND: Tensor, choice_N: Tensor, gate_N: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Each token through its expert, (N, D); twins: ``grouped_experts`` and ``loop_experts``."""
-    return _Experts.apply(hidden_ND, choice_N, gate_N, gate_up, down)
+    function = _LargeExperts if down[0].numel() >= LARGE_EXPERT else _Experts
+    return function.apply(hidden_ND, choice_N, gate_N, gate_up, down)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, choice, gate, gate_up, down):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden, choice, gate, gate_up, down):  # type: ignore[no-untyped-def]
         hidden, gate, gate_up, down = hidden.contiguous(), gate.contiguous(), gate_up.contiguous(), down.contiguous()
         num_experts, hidden_size, width = down.shape
-        order = choice.argsort(stable=True)
-        ends = torch.bincount(choice, minlength=num_experts + 1)[:num_experts].cumsum(0)
+        order, ends = _sort_by_expert(choice, num_experts)
         visits = int(ends[-1])
         sizes = (num_experts, hidden_size, width, visits)
         output = torch.empty_like(hidden) if visits == hidden.shape[0] else torch.zeros_like(hidden)
@@ -303,7 +315,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         hidden, gate, gate_up, down, order, ends, inside = ctx.saved_tensors
         _, hidden_size, width, visits = ctx.sizes
         make = torch.empty_like if visits == hidden.shape[0] else torch.zeros_like
@@ -312,6 +324,64 @@ class _Experts(torch.autograd.Function):
         room = hidden.new_empty(visits * (2 * hidden_size + 3 * width))
         inputs = (order, ends, hidden, gate, gate_up, down, inside, gradient.contiguous())
         _call("experts_backward", *ctx.sizes, *inputs, d_hidden, d_gate, d_gate_up, d_down, room)
+        return d_hidden, None, d_gate, d_gate_up, d_down
+
+
+def _sort_by_expert(choice_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Tokens sorted by expert, the skip class last (N), and the end of each expert's run (E); both int64."""
+    ends_E = torch.bincount(choice_N, minlength=num_experts + 1)[:num_experts].cumsum(0)
+    return choice_N.argsort(stable=True), ends_E
+
+
+class _LargeExperts(torch.autograd.Function):
+    """The same expert by expert with PyTorch's products, written straight into their places."""
+
+    @staticmethod
+    def forward(ctx, hidden, choice, gate, gate_up, down):  # type: ignore[no-untyped-def]
+        num_experts, _, width = down.shape
+        order, ends = _sort_by_expert(choice, num_experts)
+        bounds = [0, *ends.tolist()]
+        order = order[: bounds[-1]]
+        sorted_hidden, sorted_gate = hidden[order], gate[order][:, None]
+        inside = hidden.new_empty(bounds[-1], 2 * width)
+        for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
+            torch.mm(sorted_hidden[start:end], gate_up[expert].T, out=inside[start:end])
+        active = F.silu(inside[:, :width]).mul_(inside[:, width:])
+        sorted_output = torch.empty_like(sorted_hidden)
+        for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
+            torch.mm(active[start:end], down[expert].T, out=sorted_output[start:end])
+        ctx.save_for_backward(sorted_hidden, sorted_gate, gate_up, down, order, inside)
+        ctx.bounds, ctx.num_tokens = bounds, hidden.shape[0]
+        return torch.zeros_like(hidden).index_copy_(0, order, sorted_output.mul_(sorted_gate))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        sorted_hidden, sorted_gate, gate_up, down, order, inside = ctx.saved_tensors
+        width = down.shape[2]
+        d_output = gradient[order]
+        d_active = inside.new_empty(len(order), width)
+        for expert, (start, end) in enumerate(itertools.pairwise(ctx.bounds)):
+            torch.mm(d_output[start:end], down[expert], out=d_active[start:end])
+        gate_part, up_part = inside[:, :width], inside[:, width:]
+        sigmoid = gate_part.sigmoid()
+        silu = gate_part * sigmoid
+        active = silu * up_part
+        d_gate = inside.new_zeros(ctx.num_tokens).index_copy_(0, order, torch.linalg.vecdot(d_active, active))
+        d_active.mul_(sorted_gate)
+        active.mul_(sorted_gate)
+        d_inside = torch.empty_like(inside)
+        torch.mul(d_active, silu, out=d_inside[:, width:])
+        d_silu = sigmoid.addcmul_(silu, 1 - sigmoid)
+        torch.mul(d_active.mul_(up_part), d_silu, out=d_inside[:, :width])
+        d_hidden = torch.empty_like(sorted_hidden)
+        d_gate_up, d_down = recycled_empty(*gate_up.shape), recycled_empty(*down.shape)
+        for expert, (start, end) in enumerate(itertools.pairwise(ctx.bounds)):
+            # Products over no tokens are zeros: an expert that nobody visits still gets its gradient.
+            torch.mm(d_inside[start:end], gate_up[expert], out=d_hidden[start:end])
+            torch.mm(d_inside[start:end].T, sorted_hidden[start:end], out=d_gate_up[expert])
+            torch.mm(d_output[start:end].T, active[start:end], out=d_down[expert])
+        d_hidden = torch.zeros_like(gradient).index_copy_(0, order, d_hidden)
         return d_hidden, None, d_gate, d_gate_up, d_down
 
 
@@ -327,16 +397,18 @@ def cross_entropy(
     d_head_VD: Tensor | None,
     *,
     add: bool,
+    logits_width: int = 0,
 ) -> Tensor:
     """Unscaled losses (N) in nats of one block of tokens; not differentiable, writes the gradients at once.
 
     ``d_hidden_ND`` (None: loss alone) and ``d_head_VD`` (None: not wanted) receive the gradients of ``scale``
-    times the summed loss; the head's are added to what is there if ``add``. Twin: ``plain_cross_entropy``.
+    times the summed loss; the head's are added to what is there if ``add``. ``logits_width``: make room for
+    the logits of this many tokens, so that blocks of several sizes share memory. Twin: ``plain_cross_entropy``.
     """
     hidden_ND, head_VD, targets_N = hidden_ND.contiguous(), head_VD.contiguous(), targets_N.contiguous()
     (tokens, hidden_size), vocabulary = hidden_ND.shape, head_VD.shape[0]
     width = -(-tokens // 32) * 32
-    losses, logits = hidden_ND.new_empty(tokens), hidden_ND.new_empty(vocabulary * width)
+    losses, logits = hidden_ND.new_empty(tokens), recycled_empty(vocabulary * max(width, logits_width))
     partial = None if d_hidden_ND is None else _room(tokens, hidden_size)
     sizes = (tokens, hidden_size, vocabulary)
     outputs = (losses, d_hidden_ND, partial, d_head_VD, int(add))

@@ -875,26 +875,23 @@ void cross_entropy(int threads, int64_t tokens, int64_t hidden_size, int64_t voc
         if (dhidden) pack(hidden, hidden_size, 1, tokens, hidden_size, down, down_panels.first, down_panels.last);
 #pragma omp barrier
         const Share rows(vocabulary, BLOCK_ROWS);
-        float *maximum = statistics + thread * 2 * width, *sum = maximum + width;
+        float *maximum = statistics + thread * 2 * width, *sum = maximum + width, *high = scratch(3, width);
         for (int64_t t = 0; t < width; t++) maximum[t] = -3.0e38f, sum[t] = 0;
         for (int64_t v = rows.first; v < rows.last; v += BLOCK_ROWS) {
             const int64_t count = std::min(BLOCK_ROWS, rows.last - v);
             float *block = logits + v * width;
             multiply(count, tokens, hidden_size, head + v * hidden_size, hidden_size, 1, across, block, width, false);
             // Running maximum and sum of exponentials of this thread's part of the vocabulary.
-            for (int64_t t0 = 0; t0 < tokens; t0 += LANES) {
-                const int64_t lanes = std::min<int64_t>(LANES, tokens - t0);
-                float high[LANES], total[LANES];
-                for (int64_t k = 0; k < LANES; k++) high[k] = k < lanes ? maximum[t0 + k] : 0.0f;
-                for (int64_t r = 0; r < count; r++)
+            memcpy(high, maximum, 4 * tokens);
+            for (int64_t r = 0; r < count; r++)
 #pragma omp simd
-                    for (int64_t k = 0; k < LANES; k++) high[k] = std::max(high[k], block[r * width + t0 + k]);
-                for (int64_t k = 0; k < LANES; k++) total[k] = sum[t0 + k] * exponential(maximum[t0 + k] - high[k]);
-                for (int64_t r = 0; r < count; r++)
+                for (int64_t t = 0; t < tokens; t++) high[t] = std::max(high[t], block[r * width + t]);
 #pragma omp simd
-                    for (int64_t k = 0; k < LANES; k++) total[k] += exponential(block[r * width + t0 + k] - high[k]);
-                for (int64_t k = 0; k < lanes; k++) maximum[t0 + k] = high[k], sum[t0 + k] = total[k];
-            }
+            for (int64_t t = 0; t < tokens; t++) sum[t] *= exponential(maximum[t] - high[t]);
+            for (int64_t r = 0; r < count; r++)
+#pragma omp simd
+                for (int64_t t = 0; t < tokens; t++) sum[t] += exponential(block[r * width + t] - high[t]);
+            memcpy(maximum, high, 4 * tokens);
         }
 #pragma omp barrier
 #pragma omp for schedule(static)

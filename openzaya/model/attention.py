@@ -104,9 +104,7 @@ class Attention(nn.Module):
         cache: LayerCache | None,
     ) -> Tensor:
         if cache is None and isinstance(self.qkv_proj, CCAProjection) and kernels.suits(hidden_ND, self.o_proj.weight):
-            queries_keys_NHd, values_NKd = self.qkv_proj.mixed_and_turned(
-                hidden_ND, layout, self.qk_norm.temp, rotary
-            )
+            queries_keys_NHd, values_NKd = self.qkv_proj.mixed_and_turned(hidden_ND, layout, self.qk_norm.temp, rotary)
         else:
             queries_keys_NHd, values_NKd = self.qkv_proj(hidden_ND, layout, cache)
             queries_keys_NHd = rotate(self.qk_norm(queries_keys_NHd), rotary).to(values_NKd.dtype)
@@ -118,9 +116,7 @@ class Attention(nn.Module):
         if layout.document_lengths is None:
             heads_ND = attend_rows(queries_NHd, keys_NKd, values_NKd, layout, self.sliding_window, cache)
         else:
-            heads_ND = attend_documents(
-                queries_NHd, keys_NKd, values_NKd, layout.document_lengths, self.sliding_window
-            )
+            heads_ND = attend_documents(queries_NHd, keys_NKd, values_NKd, layout.document_lengths, self.sliding_window)
         return self.o_proj(heads_ND)
 
 

@@ -62,7 +62,7 @@ class Balancer:
             return
         error_LE = load_shares(load_LX) - 1 / (load_LX.shape[1] - 1)
         if self.config.kind == "sign":
-            self.biases_LE -= self.config.learning_rate * scale * error_LE.sign()
+            self.biases_LE.sub_(error_LE.sign(), alpha=self.config.learning_rate * scale)
         else:
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * scale
             self.biases_LE.grad = error_LE.to(self.biases_LE)

@@ -74,6 +74,8 @@ class Snapshot:
 
     length: int
     layers: list[tuple[Tensor, Tensor]]
+    marker: tuple[int, object]
+    """Which step of which history of the cache this is: another history's keys must not be mixed in."""
 
 
 class DecodeCache:
@@ -94,6 +96,8 @@ class DecodeCache:
         self.layers = [LayerCache(config, batch_size, capacity, device, dtype) for _ in range(config.num_hidden_layers)]
         self.is_token_BS = torch.ones(batch_size, capacity, dtype=torch.bool, device=device)
         self.has_padding = False
+        # One mark a forward pass on the way to the present content; see restore.
+        self._history: list[object] = [object()]
 
     def begin(self, layout: TokenLayout) -> None:
         """Check that the tokens of ``layout`` fit and note which of them are padding."""
@@ -117,22 +121,30 @@ class DecodeCache:
     def advance(self, row_length: int) -> None:
         """All layers have appended ``row_length`` tokens."""
         self.length += row_length
+        self._history.append(object())
 
     def snapshot(self) -> Snapshot:
         """Remember this point; cheap, because keys and values before it never change."""
-        return Snapshot(self.length, [(la.z_history_BLC.clone(), la.last_delayed_B1V.clone()) for la in self.layers])
+        states = [(layer.z_history_BLC.clone(), layer.last_delayed_B1V.clone()) for layer in self.layers]
+        return Snapshot(self.length, states, (len(self._history) - 1, self._history[-1]))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Roll back to a snapshot of this cache, taken with the same rows."""
-        if snapshot.length > self.length:
-            raise DataError(f"the snapshot is at {snapshot.length} tokens, the cache at {self.length}; it cannot go on")
+        """Roll back to a snapshot of this cache, as often as wanted; raises :class:`DataError` for a stale one."""
+        step, mark = snapshot.marker
+        if step >= len(self._history) or self._history[step] is not mark:
+            raise DataError(
+                f"the snapshot at {snapshot.length} tokens is no point on the way to this cache's {self.length} tokens: "
+                "it was rolled back behind it, its rows were changed, or it is another cache's; take a new one"
+            )
+        del self._history[step + 1 :]
         self.is_token_BS[:, snapshot.length :] = True
         self.length = snapshot.length
         for layer, (z_history, last_delayed) in zip(self.layers, snapshot.layers, strict=True):
             layer.z_history_BLC, layer.last_delayed_B1V = z_history.clone(), last_delayed.clone()
 
     def select(self, rows: Tensor) -> None:
-        """Keep ``rows`` (int64), in that order; a row named several times is forked."""
+        """Keep ``rows`` (int64), in that order; a row named several times is forked. Earlier snapshots end here."""
+        self._history = [object()]
         self.is_token_BS = self.is_token_BS[rows]
         for layer in self.layers:
             layer.keys_BKSd, layer.values_BKSd = layer.keys_BKSd[rows], layer.values_BKSd[rows]

@@ -34,7 +34,9 @@ class Experts(nn.Module):
     def forward(self, hidden_ND: Tensor, route: Route) -> Tensor:
         if self.implementation == "grouped" and kernels.suits(hidden_ND, self.gate_up_proj, self.down_proj):
             return kernels.experts(hidden_ND, route.choice_N, route.gate_N, self.gate_up_proj, self.down_proj)
-        run = grouped_experts if self.implementation == "grouped" else loop_experts
+        # The grouped product exists for fp32 and narrower types only.
+        is_grouped = self.implementation == "grouped" and hidden_ND.dtype != torch.float64
+        run = grouped_experts if is_grouped else loop_experts
         return run(hidden_ND, route.choice_N, route.gate_N, self.gate_up_proj, self.down_proj)
 
 

@@ -55,6 +55,8 @@ class RouterMLP(nn.Module):
 class Router(nn.Module):
     """Base of all kinds: subclasses turn hidden states into logits, this class decides."""
 
+    balancing_biases: Tensor
+
     def __init__(self, config: ZayaConfig):
         super().__init__()
         self.register_buffer("balancing_biases", torch.empty(config.num_router_classes, dtype=torch.float32))

@@ -23,9 +23,9 @@ from openzaya.model.attention import Attention
 from openzaya.model.cache import DecodeCache, LayerCache
 from openzaya.model.config import ZayaConfig
 from openzaya.model.experts import Experts
-from openzaya.model.layers import RESIDUALS, Linear, RMSNorm, at_least_float, rotary_tables
+from openzaya.model.layers import RESIDUALS, Linear, RMSNorm, at_least_float, embed, rotary_tables
 from openzaya.model.layout import TokenLayout, make_layout
-from openzaya.model.router import ROUTERS, Route
+from openzaya.model.router import ROUTERS, Route, Router
 
 
 @dataclass
@@ -124,8 +124,9 @@ class Zaya(nn.Module):
                 parameter.zero_()
             else:
                 parameter.normal_(std=self.config.initializer_range, generator=generator)
-        for block in self.model.layers:
-            block.mlp.gate.reset_balancing_biases()
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.reset_balancing_biases()
 
     @property
     def device(self) -> torch.device:
@@ -218,7 +219,7 @@ class Zaya(nn.Module):
         if cache is not None:
             cache.begin(layout)
         rotary = self._rotary_tables(layout)
-        embedded_ND = F.embedding(tokens.reshape(-1), self.model.embed_tokens.weight)
+        embedded_ND = embed(tokens.reshape(-1), self.model.embed_tokens.weight)
         x_ND = (at_least_float(embedded_ND) + self.model.input_hidden_states_bias) * (
             self.model.input_hidden_states_scale
         )

@@ -10,6 +10,7 @@ exported model (openzaya.save), not this file.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,13 @@ def load_latest(directory: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:
+        # What torch says of an unreadable pickle is long, and advises to load it unsafely.
+        is_foreign = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than tensors and plain values" if is_foreign else (str(error).splitlines() or ["?"])[0]
         raise CheckpointError(
-            f"{paths[-1]} cannot be read ({type(error).__name__}: {error}); remove it to resume from the one before"
+            f"{paths[-1]} cannot be read ({type(error).__name__}: {reason}); remove it to resume from the one before"
         ) from None
-    found = state.get("openzaya_checkpoint_format")
+    found = state.get("openzaya_checkpoint_format") if isinstance(state, dict) else None
     if found != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{paths[-1]} has checkpoint format {found}, this version reads {CHECKPOINT_FORMAT}; "

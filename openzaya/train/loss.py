@@ -13,11 +13,15 @@ Shape suffixes: N tokens, M supervised tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from openzaya.kernels import functions as kernels
+from openzaya.kernels.host import recycled_empty
 
 BLOCK_BYTES = 1 << 29
 """Largest block of fp32 logits."""
@@ -46,16 +50,24 @@ def plain_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, l
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_MD: Tensor, head_VD: Tensor, targets_M: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx, hidden_MD, head_VD, targets_M, scale):  # type: ignore[no-untyped-def]
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         hidden, head = hidden_MD.float(), head_VD.float()
         d_hidden = torch.empty_like(hidden) if wants_hidden or wants_head else None
         d_head = None
         if wants_head:
-            d_head = torch.empty_like(head) if hidden.shape[0] else torch.zeros_like(head)
+            # The memory of the previous step's gradient, where the head is large.
+            on_cpu = head.device.type == "cpu"
+            d_head = recycled_empty(*head.shape) if on_cpu else torch.empty_like(head)
+            if not hidden.shape[0]:
+                d_head.zero_()
         total = hidden.new_zeros(())
-        run = kernels.cross_entropy if kernels.suits(hidden, head) else _block_cross_entropy
-        for start, end in _blocks(hidden.shape[0], head.shape[0]):
+        largest = max(1, min(BLOCK_TOKENS, BLOCK_BYTES // (4 * head.shape[0])))
+        run: Callable[..., Tensor] = _block_cross_entropy
+        if kernels.suits(hidden, head):
+            # Logits of a large vocabulary take the same memory however many tokens a step supervises.
+            run = functools.partial(kernels.cross_entropy, logits_width=largest)
+        for start, end in _blocks(hidden.shape[0], largest):
             d_part = None if d_hidden is None else d_hidden[start:end]
             losses = run(hidden[start:end], head, targets_M[start:end], scale, d_part, d_head, add=start > 0)
             total += losses.sum()
@@ -63,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total * scale
 
     @staticmethod
-    def backward(ctx, factor: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, factor: Tensor):  # type: ignore[no-untyped-def]
         d_hidden, d_head, hidden_dtype, head_dtype = ctx.gradients
         ctx.gradients = None
         if float(factor) != 1:
@@ -74,9 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_head, None, None
 
 
-def _blocks(tokens: int, vocabulary: int) -> list[tuple[int, int]]:
-    """Bounds of blocks of tokens, as equal as can be."""
-    largest = max(1, min(BLOCK_TOKENS, BLOCK_BYTES // (4 * vocabulary)))
+def _blocks(tokens: int, largest: int) -> list[tuple[int, int]]:
+    """Bounds of blocks of up to ``largest`` tokens, as equal as can be."""
     count = -(-tokens // largest)
     return [(tokens * index // count, tokens * (index + 1) // count) for index in range(count)]
 

@@ -30,6 +30,9 @@ class OptimizerConfig(BaseModel):
 
     muon_learning_rate: float = Field(3e-3, ge=0)
     adamw_learning_rate: float = Field(3e-3, ge=0)
+    expert_scale: float = Field(1.0, gt=0)
+    """Factor on Muon's rate for experts. Muon's step has one size whatever the gradient's noise, and an expert's
+    gradient comes from its share of the tokens only."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """0 keeps no buffer (as in RL)."""
     nesterov: bool = True
@@ -90,19 +93,19 @@ class Muon(torch.optim.Optimizer):
         """One step; parameters without a gradient are left alone."""
         group = self.param_groups[0]
         # Matrices of one shape from all layers form one batch: few large products instead of many small ones.
-        batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        batches: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
         for name, parameter in zip(self.names, group["params"], strict=True):
             if parameter.grad is None:
                 continue
             weights, update = self._matrices(name, parameter), self._matrices(name, self._momentum(parameter))
-            batches.setdefault((weights.shape[-2], weights.shape[-1]), []).append((weights, update))
+            rate = group["lr"] * (self.config.expert_scale if ".experts." in name else 1.0)
+            batches.setdefault((weights.shape[-2], weights.shape[-1]), []).append((weights, update, rate))
         for (rows, columns), pairs in batches.items():
-            directions = orthogonalize(torch.cat([update.reshape(-1, rows, columns) for _, update in pairs]))
-            step_size = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-            counts = [weights.numel() // (rows * columns) for weights, _ in pairs]
-            for (weights, _), direction in zip(pairs, directions.split(counts), strict=True):
-                weights.mul_(1 - group["lr"] * group["weight_decay"])
-                weights.add_(direction.view(weights.shape), alpha=-step_size)
+            directions = orthogonalize(torch.cat([update.reshape(-1, rows, columns) for _, update, _ in pairs]))
+            counts = [weights.numel() // (rows * columns) for weights, _, _ in pairs]
+            for (weights, _, rate), direction in zip(pairs, directions.split(counts), strict=True):
+                weights.mul_(1 - rate * group["weight_decay"])
+                weights.add_(direction.view(weights.shape), alpha=-rate * 0.2 * math.sqrt(max(rows, columns)))
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         gradient = parameter.grad

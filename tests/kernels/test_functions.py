@@ -135,9 +135,7 @@ def test_cca_attention(
 
 def test_cca_without_length_and_with_temperature_zero() -> None:
     """All-zero keys (the start in some checkpoints) and all-zero hidden states give finite, equal gradients."""
-    config = ZayaConfig(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8
-    )
+    config = ZayaConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
     block = Attention(config, 0)
     layout = make_layout(torch.zeros(1, 40, dtype=torch.long))
     tables = rotary_tables(layout.positions_N, config.rotary_dim, 10_000.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openzaya.errors import DataError
 from openzaya.model.cache import DecodeCache
-from openzaya.model.config import ZayaConfig
+from openzaya.model.config import ZayaConfig, preset
 from openzaya.model.transformer import Zaya
 from tests.model.reference import (
     TINY,
@@ -247,7 +247,7 @@ def test_overflow_wrong_rows_and_impossible_rollbacks_are_refused() -> None:
     assert cache.length == 6
     assert logits_error(model(tokens[:, :2], cache=cache), model(torch.cat((tokens, tokens[:, :2]), 1))[:, 6:]) < 1e-5
     other = model.make_cache(2, 8)
-    with pytest.raises(DataError, match=r"snapshot is at 6 tokens, the cache at 0"):
+    with pytest.raises(DataError, match=r"snapshot at 6 tokens is no point on the way to this cache.s 0 tokens"):
         other.restore(late)
 
 
@@ -265,3 +265,23 @@ def test_padding_behind_cached_tokens_is_refused() -> None:
 def _extended(mask: Tensor, length: int) -> Tensor:
     """``mask`` with ``length`` real tokens behind it."""
     return torch.cat((mask, mask.new_ones(mask.shape[0], length)), dim=1)
+
+
+def test_a_stale_snapshot_is_refused() -> None:
+    """Keys behind a rollback point are overwritten: a snapshot taken behind it must not come back."""
+    model = Zaya(preset("smoke")).eval()
+    tokens = torch.arange(12)[None]
+    cache = model.make_cache(1, 32)
+    model(tokens[:, :5], cache=cache)
+    early = cache.snapshot()
+    model(tokens[:, 5:9], cache=cache)
+    late = cache.snapshot()
+    cache.restore(early)
+    cache.restore(early)
+    model(tokens[:, :6], cache=cache)
+    with pytest.raises(DataError, match="no point on the way"):
+        cache.restore(late)
+    cache.restore(early)
+    cache.select(torch.tensor([0, 0]))
+    with pytest.raises(DataError, match="no point on the way"):
+        cache.restore(early)

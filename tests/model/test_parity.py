@@ -1,7 +1,8 @@
 """Our model equals ``transformers``' ZayaForCausalLM: logits, gradients of every parameter, bfloat16.
 
-Forty random shapes, each with the C++ kernels and in plain PyTorch. Tolerances: logits 1e-5 (both models round in fp32 in different orders; seen: 4e-6),
-gradients 1e-4 per parameter (seen: 7e-5). An error of the formulas is 1e-2 or more.
+Forty random shapes, each with the C++ kernels and in plain PyTorch. Tolerances: logits 1e-5 (both models round in
+fp32 in different orders; seen: 4e-6), gradients 1e-4 per parameter (seen: 7e-5). An error of the formulas is 1e-2
+or more.
 """
 
 from __future__ import annotations
