@@ -267,12 +267,12 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory, or o
 
 def _sampling(temperature: float, top_p: float, top_k: int, min_p: float, max_tokens: int, seed: int) -> SamplingParams:
     from openzaya.infer.sampling import SamplingParams
+    from openzaya.initialize import validated
 
     if top_p == 0:
         raise ConfigError("top_p=0 keeps no token; give more than 0, or use --temperature 0 for greedy decoding")
-    return SamplingParams(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_new_tokens=max_tokens, seed=seed
-    )
+    filters = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
+    return validated(SamplingParams, filters | {"temperature": temperature, "max_new_tokens": max_tokens, "seed": seed})
 
 
 def _from_stdin(read: Callable[[], str]) -> str:

@@ -68,6 +68,7 @@ class RunLog:
         self._phase = phase
         self._final: dict[str, Any] = {}
         self._closed = False
+        self._clock, self._started_s = clock, clock()
         write_json(self.directory / "run.json", {"openzaya_run_format": RUN_FORMAT})
         write_json(self.directory / "environment.json", describe_environment())
         if resolved_toml is not None:
@@ -116,6 +117,7 @@ class RunLog:
             "phase": self._phase,
             "step": self._step,
             "total_steps": self._total_steps,
+            "elapsed_s": round(self._clock() - self._started_s, 1),
             "updated_unix_s": round(time.time(), 3),
         }
         write_json(self.directory / "status.json", status | self._final)

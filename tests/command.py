@@ -39,9 +39,9 @@ def openzaya(*arguments: object, stdin: bytes = b"") -> Finished:
 
 
 def error_line(finished: Finished) -> str:
-    """The one line that an error is; fails for anything else."""
+    """The one line that an error is, the last one but for its indented parts; fails for anything else."""
     assert finished.code == 1, finished
-    lines = [line for line in finished.err.splitlines() if line.strip()]
-    assert lines and lines[-1].startswith("error: "), finished.err
-    assert len(lines) == 1 or all(line.startswith("  ") for line in lines[1:]), finished.err
-    return lines[0]
+    lines = [line for line in finished.err.splitlines() if line.strip() and not line.startswith("  ")]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0] and "Traceback" not in finished.err, finished.err
+    return errors[0]

@@ -146,6 +146,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     folder = Path(path)
     if folder.exists() and not (folder / "tokenizer.json").is_file():
         raise DataError(f"no tokenizer.json in '{folder}'; give a checkpoint folder, or train a tokenizer first")
+    if not folder.exists() and str(path).count("/") != 1:
+        # Asking the hub for what cannot be a name there costs a minute where it cannot be reached.
+        raise DataError(f"'{path}' is no directory, and no hub id (owner/name); check the path")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:

@@ -96,7 +96,10 @@ def evaluate(
     ]
     too_long = max(len(prompt) for prompt in prompts)
     if too_long >= model.config.max_position_embeddings:
-        raise DataError(f"a prompt has {too_long} tokens, the model {model.config.max_position_embeddings} positions")
+        raise DataError(
+            f"a prompt has {too_long} tokens, the model {model.config.max_position_embeddings} positions; "
+            "ask lower difficulties, or raise max_position_embeddings"
+        )
 
     def report(what: str) -> Callable[[int, int], None]:
         return lambda done, _: progress(what, done, len(prompts)) if progress else None
@@ -133,6 +136,11 @@ def draw_problems(config: EvalConfig) -> list[Problem]:
                 if len(seen) == config.per_cell:
                     break
             problems += seen.values()
+    if not problems:
+        raise DataError(
+            f"families={config.families}, easy={config.easy} and hard={config.hard} ask nothing; name at least one "
+            "family, and difficulties as (lowest, highest)"
+        )
     return problems
 
 

@@ -143,7 +143,7 @@ def _accuracy_by_family(stage: Stage) -> Figure | None:
                 if cell is None or cell.get(key) is None:
                     continue
                 table[row, column] = cell[key]
-                colour = "white" if cell[key] > 0.62 else INK
+                colour = "white" if cell[key] > 0.7 else INK
                 axes.text(column, row - 0.08, f"{100 * cell[key]:.0f}", ha="center", va="center", color=colour)
                 axes.text(
                     *(column, row + 0.3, f"n={cell['n']}"),

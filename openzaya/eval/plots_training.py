@@ -119,8 +119,8 @@ def _thinned(steps: NDArray[Any], values: NDArray[np.float64]) -> tuple[NDArray[
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Exponential moving average [N], unbiased at the start, over about a fortieth of the series; passes over NaN."""
-    decay = 1 - 1 / max(2.0, len(values) / 40)
+    """Exponential moving average [N], unbiased at the start, over about a hundredth of the series; passes over NaN."""
+    decay = 1 - 1 / max(2.0, len(values) / 100)
     total = weight = 0.0
     averages = np.empty_like(values)
     for index, value in enumerate(values):
@@ -227,7 +227,12 @@ def _residual(run: Run) -> Figure | None:
         return None
     figure, axes, values = drawn
     if len(values) and values.min() > 0 and values.max() / values.min() > 20:
+        from matplotlib.ticker import LogLocator, NullLocator
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     return figure
 
 
@@ -245,7 +250,7 @@ def _expert_load(run: Run) -> Figure | None:
         width=max(5.0, min(12.0, 1.8 + 0.72 * num_experts)),
         height=max(2.2, min(12.0, 1.3 + 0.42 * num_layers)),
     )
-    axes.title.set_position((0, 1))
+    axes.set_title(axes.get_title(loc="left"), pad=8)
     image = axes.imshow(load, cmap="PuOr_r", vmin=0, vmax=2, aspect="auto")
     if num_experts * num_layers <= 400:
         for (layer, expert), multiple in np.ndenumerate(load):
@@ -273,6 +278,6 @@ def _learning_rate(run: Run) -> Figure | None:
             axes.plot(*_thinned(steps, values), color=colour, label=label if index == 0 else None)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("learning rate")
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.08), ncols=2)  # beside the title, off the lines
     _finish_step_axis(axes, run)
     return figure

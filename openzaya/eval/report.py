@@ -126,7 +126,8 @@ def _stage_table(run: Run) -> Table:
     rows = []
     for stage in run.stages:
         total = stage.status.get("total_steps")
-        steps = stage.metrics[-1]["step"] if stage.metrics else stage.status.get("step")
+        # A stage that logs no steps (tokenizer, evaluation) has none, whatever its status says.
+        steps = stage.metrics[-1]["step"] if stage.metrics else None
         speed = stage.series("time/tokens_per_s")[1]
         loss = _final_loss(stage)
         rows.append(
@@ -136,7 +137,7 @@ def _stage_table(run: Run) -> Table:
                 MISSING if steps is None else f"{steps:,}" + (f" of {total:,}" if total and total != steps else ""),
                 _count(stage.last("train/tokens")),
                 _count(stage.last("train/supervised_tokens")),
-                format_duration(_duration_s(stage)) if stage.metrics else MISSING,
+                _stage_duration(stage),
                 _count(float(sorted(speed)[len(speed) // 2]) if len(speed) else None),
                 MISSING if loss is None else f"{loss:.3f}",
             )
@@ -162,6 +163,7 @@ def _evaluation_section(stage: Stage) -> EvaluationSection:
         f"{k} samples a problem at temperature {evaluation.get('temperature', 1):g}",
         f"seed {evaluation.get('seed', MISSING)}",
         f"at most {evaluation.get('max_new_tokens', MISSING)} new tokens",
+        f"{evaluation['no_verdict']:,} responses without a verdict left out" if evaluation.get("no_verdict") else "",
         "brackets: 95 % intervals",
     ]
     good, bad = _chosen_samples(stage.samples)
@@ -251,6 +253,11 @@ def _duration_s(stage: Stage) -> float:
         return float(seconds.sum())
     times = stage.series("time_unix_s")[1]
     return float(times[-1] - times[0]) if len(times) else 0.0
+
+
+def _stage_duration(stage: Stage) -> str:
+    seconds = _duration_s(stage) if stage.metrics else stage.status.get("elapsed_s", stage.evaluation.get("seconds"))
+    return MISSING if seconds is None else format_duration(seconds)
 
 
 def _percent(share: float | None) -> str:

@@ -13,13 +13,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+SMALLEST_TEMPERATURE = 1e-30
+"""Below it fp32 could not hold the temperature itself."""
+
 
 class SamplingParams(BaseModel):
     """Sampling settings of a request. The defaults are ZAYA1's: temperature 1, top-p 0.95."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     """0 is greedy: the most likely token, whatever the other settings."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Keep the smallest set of most likely tokens with at least this share; 1 keeps all."""
@@ -36,7 +39,9 @@ def probabilities(logits_BV: Tensor, params: SamplingParams) -> Tensor:
     if params.temperature == 0:
         best_B = logits_BV.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits_BV, dtype=torch.float32).scatter_(1, best_B, 1.0)
-    shares_BV = (logits_BV.float() / params.temperature).softmax(dim=-1)
+    # The best token's logit becomes 0 first: no temperature, however small, then overflows.
+    logits_BV = logits_BV.float() - logits_BV.float().amax(dim=-1, keepdim=True)
+    shares_BV = (logits_BV / max(params.temperature, SMALLEST_TEMPERATURE)).softmax(dim=-1)
     if params.top_k and params.top_k < shares_BV.shape[1]:
         kth_B1 = shares_BV.topk(params.top_k, dim=-1).values[:, -1:]
         shares_BV = shares_BV.masked_fill(shares_BV < kth_B1, 0)

@@ -83,6 +83,29 @@ def _room(*shape: int) -> Tensor:
     return torch.empty(torch.get_num_threads(), *shape)
 
 
+# --- embedding ------------------------------------------------------------------------------------------------
+
+
+def embedding(tokens_N: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of ``weight`` for int64 tokens, (N, D); twin: ``F.embedding``."""
+    return _Embedding.apply(tokens_N, weight_VD)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, weight):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(tokens)
+        ctx.shape = weight.shape
+        return weight[tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        (tokens,) = ctx.saved_tensors
+        # The table of a large vocabulary lies in memory that an earlier step has used already.
+        return None, recycled_empty(*ctx.shape).zero_().index_add_(0, tokens, gradient)
+
+
 # --- linear ---------------------------------------------------------------------------------------------------
 
 

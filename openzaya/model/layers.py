@@ -15,9 +15,6 @@ from torch import Tensor, nn
 
 from openzaya.kernels import functions as kernels
 
-LARGE_TABLE = 1 << 26
-"""Entries of an embedding whose gradient stays sparse."""
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; in fp32, returned in the weight's dtype."""
@@ -86,22 +83,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def embed(tokens_N: Tensor, weight_VD: Tensor) -> Tensor:
-    """Rows of ``weight`` (V, D) for int64 tokens, (N, D).
-
-    The gradient of a large table stays sparse, a row a token: the head's gradient of the same matrix is there
-    first, and the rows are added into it, instead of a second table of mostly zeros. Should a model be trained
-    without its head, the sparse gradient is made dense before anyone sees it.
-    """
-    sparse = weight_VD.numel() >= LARGE_TABLE and type(weight_VD) is nn.Parameter and weight_VD.requires_grad
-    if sparse and not getattr(weight_VD, "makes_gradient_dense", False):
-        weight_VD.register_post_accumulate_grad_hook(_make_gradient_dense)
-        weight_VD.makes_gradient_dense = True  # type: ignore[attr-defined]
-    return F.embedding(tokens_N, weight_VD, sparse=sparse)
-
-
-def _make_gradient_dense(parameter: Tensor) -> None:
-    if parameter.grad is not None and parameter.grad.is_sparse:
-        parameter.grad = parameter.grad.to_dense()
+    """Rows of ``weight`` (V, D) for int64 tokens, (N, D)."""
+    if kernels.suits(weight_VD):
+        return kernels.embedding(tokens_N, weight_VD)
+    return F.embedding(tokens_N, weight_VD)
 
 
 def at_least_float(x: Tensor) -> Tensor:

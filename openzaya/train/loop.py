@@ -28,6 +28,7 @@ from openzaya.data.packing import Batch, PackedBatches
 from openzaya.data.recipe import build_mixture
 from openzaya.data.tokenizer import load_tokenizer
 from openzaya.errors import ConfigError
+from openzaya.kernels.host import keep_freed_memory
 from openzaya.model import hf
 from openzaya.model.balancing import Balancer, count_load, load_entropy, load_shares
 from openzaya.model.config import preset
@@ -56,6 +57,7 @@ def train(recipe: Resolved[TrainConfig], directory: Path, *, resume: bool = True
     config = recipe.value
     if config.threads:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     with _interruption() as interrupted:
         trainer = Trainer(config, directory.parent)
         if resume:
@@ -88,7 +90,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, stages: Path):
         self.config = config
-        self.model = _starting_model(config.model, stages)
+        self.model = _starting_model(config.model, stages).to(config.device)
         self.tokenizer = load_tokenizer(_tokenizer_path(config, stages))
         if len(self.tokenizer) > self.model.config.vocab_size:
             raise ConfigError(
@@ -121,11 +123,11 @@ class Trainer:
         tokens = sum(int((batch.document_ids >= 0).sum()) for batch in micro_batches)
         is_detailed = self.step % EXPERT_LOAD_EVERY == 0 or self.step in (1, self.config.steps)
 
-        loss_sum, load_LX = 0.0, torch.zeros(0)
+        mean_loss, load_LX = 0.0, torch.zeros(0)
         records = [ForwardRecord(measure_residual=is_detailed) for _ in micro_batches]
         for batch, record in zip(micro_batches, records, strict=True):
             loss, micro_load_LX = self._forward_backward(batch, record, supervised, tokens)
-            loss_sum += loss
+            mean_loss += loss
             load_LX = micro_load_LX if load_LX.numel() == 0 else load_LX + micro_load_LX
         numbers = self.optimizer.step(self.step)
         self.balancer.step(load_LX, numbers["optim/schedule_scale"])
@@ -136,7 +138,7 @@ class Trainer:
         self.seconds += seconds
         entropy_L = load_entropy(load_LX)
         metrics: dict[str, Metric] = {
-            "loss/ce_nats": loss_sum / max(1, supervised),
+            "loss/ce_nats": mean_loss,
             "train/tokens": self.tokens,
             "train/supervised_tokens": self.supervised_tokens,
             "route/load_entropy": entropy_L.tolist(),
@@ -156,19 +158,20 @@ class Trainer:
     def _forward_backward(
         self, batch: Batch, record: ForwardRecord, supervised: int, tokens: int
     ) -> tuple[float, Tensor]:
-        """Add one micro-batch's gradient; returns its summed loss in nats and its load (L, X)."""
+        """Add one micro-batch's gradient; returns its part of the step's mean loss in nats and its load (L, X)."""
+        batch = Batch(*(tensor.to(self.config.device) for tensor in vars(batch).values()))
         hidden_BTD = self.model.hidden_states(
             batch.tokens, document_ids=batch.document_ids, positions=batch.positions, record=record
         )
         targets_N, loss_mask_N = targets_of(batch)
-        loss = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.model.head_weight, targets_N, loss_mask_N)
+        loss = linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), self.model.head_weight, targets_N, loss_mask_N, scale=1 / max(1, supervised)
+        )
         is_token_N = batch.document_ids.reshape(-1) >= 0
-        objective = loss / max(1, supervised)
         auxiliary = self.balancer.auxiliary_loss(record.routes, is_token_N)
-        if auxiliary is not None:
-            objective = objective + auxiliary / max(1, tokens)
+        objective = loss if auxiliary is None else loss + auxiliary / max(1, tokens)
         objective.backward()
-        return float(loss.detach()), count_load(record.routes, is_token_N)
+        return float(loss.detach()), count_load(record.routes, is_token_N).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the rest of the run."""

@@ -30,9 +30,9 @@ class OptimizerConfig(BaseModel):
 
     muon_learning_rate: float = Field(3e-3, ge=0)
     adamw_learning_rate: float = Field(3e-3, ge=0)
-    expert_scale: float = Field(1.0, gt=0)
-    """Factor on Muon's rate for experts. Muon's step has one size whatever the gradient's noise, and an expert's
-    gradient comes from its share of the tokens only."""
+    muon_scales: dict[str, float] = {}
+    """Factors on Muon's rate for parameters whose name contains the key, such as ``".experts." = 0.3``. Muon's step
+    has one size whatever the gradient's noise, and an expert's gradient comes from its share of the tokens only."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """0 keeps no buffer (as in RL)."""
     nesterov: bool = True
@@ -42,6 +42,8 @@ class OptimizerConfig(BaseModel):
     """Decoupled, on matrices only."""
     split_gate_up: bool = True
     """Orthogonalise the gate and the up matrix of an expert apart; False: as stored, as one matrix."""
+    newton_schulz_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """``auto``: bfloat16 where the processor multiplies it natively (twice as fast), else float32."""
     gradient_clip: float = Field(1.0, gt=0)
     """Largest global gradient norm."""
     warmup_steps: int = Field(50, ge=0)
@@ -98,10 +100,11 @@ class Muon(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             weights, update = self._matrices(name, parameter), self._matrices(name, self._momentum(parameter))
-            rate = group["lr"] * (self.config.expert_scale if ".experts." in name else 1.0)
+            rate = group["lr"] * math.prod(scale for key, scale in self.config.muon_scales.items() if key in name)
             batches.setdefault((weights.shape[-2], weights.shape[-1]), []).append((weights, update, rate))
         for (rows, columns), pairs in batches.items():
-            directions = orthogonalize(torch.cat([update.reshape(-1, rows, columns) for _, update, _ in pairs]))
+            stacked = torch.cat([update.reshape(-1, rows, columns) for _, update, _ in pairs])
+            directions = orthogonalize(stacked, dtype=newton_schulz_dtype(self.config, stacked.device))
             counts = [weights.numel() // (rows * columns) for weights, _, _ in pairs]
             for (weights, _, rate), direction in zip(pairs, directions.split(counts), strict=True):
                 weights.mul_(1 - rate * group["weight_decay"])
@@ -129,15 +132,24 @@ class Muon(torch.optim.Optimizer):
         return tensor
 
 
-def orthogonalize(matrices_BRC: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of each matrix U S V^T in a batch, by Newton-Schulz in fp32; shape and dtype are kept."""
+def newton_schulz_dtype(config: OptimizerConfig, device: torch.device) -> torch.dtype:
+    """The type that the iteration runs in on ``device``."""
+    wanted = config.newton_schulz_dtype
+    if wanted == "auto":
+        is_native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        wanted = "bfloat16" if is_native else "float32"
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def orthogonalize(matrices_BRC: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """About U V^T of each matrix U S V^T in a batch, by Newton-Schulz in ``dtype``; shape and dtype are kept."""
     a, b, c = NEWTON_SCHULZ
     x = matrices_BRC.float()
     # The products are over the rows, so the short side comes first.
     transposed = x.shape[1] > x.shape[2]
     if transposed:
         x = x.transpose(1, 2)
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.transpose(1, 2)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

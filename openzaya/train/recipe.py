@@ -49,5 +49,7 @@ class TrainConfig(BaseModel):
     balancing: BalancingConfig = BalancingConfig()
     checkpoint_every: int = Field(200, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    device: str = "cpu"
+    """A PyTorch device. Other devices than the CPU were not tried."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0 leaves PyTorch's choice. The same number gives the same bits."""

@@ -130,7 +130,7 @@ class Page(HTMLParser):
 def pipeline(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "tiny"
     (run / "01-tokenizer").mkdir(parents=True)
-    write_json(run / "01-tokenizer" / "status.json", {"state": "done"})
+    write_json(run / "01-tokenizer" / "status.json", {"state": "done", "step": 0, "total_steps": 1, "elapsed_s": 61.4})
     write_training_stage(run / "02-pretrain", 60, 4.0)
     write_training_stage(run / "03-sft", 30, 2.0, state="interrupted")
     write_evaluation_stage(run / "05-eval")
@@ -162,7 +162,7 @@ def test_tables_hold_the_numbers_of_the_files(pipeline):
     rows = {row[0]: row[1:] for row in cells}
     assert rows["02-pretrain"][:5] == ["done", "60", "60,000", "36,000", "0:30"]
     assert rows["03-sft"][:5] == ["interrupted", "30 of 60", "30,000", "18,000", "0:15"]
-    assert rows["01-tokenizer"] == ["done", *["–"] * 6]
+    assert rows["01-tokenizer"] == ["done", "–", "–", "–", "1:01", "–", "–"]
     assert rows["easy half (difficulty 0–1)"] == [
         *("80", "87.5 % [80.0, 93.0]", "50.0 % [40.0, 60.0]", "90.0 % [80.0, 95.0]", "60.0 % [50.0, 70.0]", "2.0 %")
     ]
@@ -208,7 +208,7 @@ def test_a_stage_that_has_just_started_or_logged_nonsense(tmp_path):
         log.log(1, {"loss/ce_nats": math.nan, "route/load_entropy": [0.5, math.nan], "residual/rms": [math.inf, 1.0]})
         log.log(2, {"loss/ce_nats": math.nan, "route/load_entropy": [0.5, 0.5, 0.5]})
     text = write_report(tmp_path).markdown.read_text()
-    assert "| 01-a | done | 0 of 5 |" in text
+    assert "| 01-a | done | – |" in text
     assert "| 02-b | done | 2 of 5 |" in text
 
 

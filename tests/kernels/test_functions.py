@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from openzaya.model.config import ZayaConfig
 from openzaya.model.experts import loop_experts
 from openzaya.model.layers import LearnedResidual, rotary_tables
 from openzaya.model.layout import make_layout
+from openzaya.train import loss
 from openzaya.train.loss import linear_cross_entropy, plain_cross_entropy
 
 TOLERANCE = 1e-5
@@ -157,8 +159,12 @@ def test_cca_without_length_and_with_temperature_zero() -> None:
 
 @pytest.mark.parametrize("hidden_size,width,num_experts", [(16, 24, 4), (5, 3, 3), (128, 192, 8), (33, 50, 1)])
 @pytest.mark.parametrize("skewed", [True, False])
-def test_experts(hidden_size: int, width: int, num_experts: int, skewed: bool) -> None:
+@pytest.mark.parametrize("large", [True, False])
+def test_experts(
+    hidden_size: int, width: int, num_experts: int, skewed: bool, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Experts without a token, experts with one, and tokens of the skip class."""
+    monkeypatch.setattr(functions, "LARGE_EXPERT", 0 if large else 1 << 20)
     generator = torch.Generator().manual_seed(num_experts)
     choice = torch.randint(0, num_experts + 1, (150,), generator=generator)
     if skewed:
@@ -186,16 +192,51 @@ def test_all_tokens_skip() -> None:
 
 
 @pytest.mark.parametrize("tokens,size,vocabulary", [(33, 8, 50), (100, 33, 1000), (64, 256, 400), (70, 16, 7)])
-def test_cross_entropy(tokens: int, size: int, vocabulary: int) -> None:
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_cross_entropy(
+    tokens: int, size: int, vocabulary: int, kernel: bool, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernel and plain block alike, in one block and in several."""
+    monkeypatch.setattr(loss, "BLOCK_TOKENS", 40)
     generator = torch.Generator().manual_seed(tokens)
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
     mask = torch.rand(tokens, generator=generator) < 0.9
     inputs = {"hidden": normal(tokens, size) * 2, "head": normal(vocabulary, size)}
+
+    def ours(hidden: Tensor, head: Tensor) -> Tensor:
+        with contextlib.nullcontext() if kernel else functions.disabled():
+            return linear_cross_entropy(hidden, head, targets, mask, scale=scale)
+
+    compare(ours, lambda hidden, head: scale * plain_cross_entropy(hidden, head, targets, mask), inputs)
+
+
+def test_embedding() -> None:
+    tokens = torch.tensor([3, 0, 3, 3, 59])
     compare(
-        lambda hidden, head: linear_cross_entropy(hidden, head, targets, mask),
-        lambda hidden, head: plain_cross_entropy(hidden, head, targets, mask),
-        inputs,
+        lambda weight: functions.embedding(tokens, weight),
+        lambda weight: F.embedding(tokens, weight),
+        {"weight": normal(60, 7)},
     )
+
+
+def test_kernels_refuse_what_they_cannot_do() -> None:
+    tokens = normal(64, 8)
+    assert functions.suits(tokens, None)
+    assert not functions.suits(tokens.double())
+    assert not functions.suits(tokens, tokens.bfloat16())
+    assert not functions.suits(tokens.to("meta"))
+    assert not functions.suits(tokens[:1])
+    with functions.disabled():
+        assert not functions.suits(tokens)
+
+
+def test_not_a_number_stays_one() -> None:
+    """A broken step must be seen in the loss, not be clamped away."""
+    hidden, head = normal(40, 16), normal(50, 16)
+    hidden[7, 3] = math.nan
+    targets = torch.arange(40)
+    assert linear_cross_entropy(hidden, head, targets, torch.ones(40, dtype=torch.bool)).isnan()
 
 
 def test_same_bits_twice() -> None:

@@ -36,7 +36,7 @@ EXCLUDED_FROM_METRICS = ("time_unix_s", "time/step_s", "time/tokens_per_s")
 
 
 def config(**changes: Any) -> ZayaConfig:
-    return preset("smoke").with_changes(**SHAPE, **changes)
+    return preset("smoke").with_changes(**(SHAPE | changes))
 
 
 @functools.cache

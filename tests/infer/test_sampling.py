@@ -1,0 +1,193 @@
+"""The sampling distribution: against plain reference code, and what is drawn against the distribution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from openzaya.infer.sampling import SamplingParams, draw, probabilities, uniforms
+
+
+def plain_probabilities(logits: list[float], params: SamplingParams) -> list[float]:
+    """One row, one filter after the other, in Python numbers."""
+    if params.temperature == 0:
+        best = logits.index(max(logits))
+        return [float(index == best) for index in range(len(logits))]
+    highest = max(logits)
+    weights = [math.exp((logit - highest) / params.temperature) for logit in logits]
+    shares = [weight / sum(weights) for weight in weights]
+    if params.top_k:
+        kept = sorted(range(len(shares)), key=lambda index: -shares[index])[: params.top_k]
+        shares = [share if index in kept else 0.0 for index, share in enumerate(shares)]
+    if params.top_p < 1:
+        target, reached, kept = params.top_p * sum(shares), 0.0, []
+        for index in sorted(range(len(shares)), key=lambda index: -shares[index]):
+            if reached >= target:
+                break
+            kept.append(index)
+            reached += shares[index]
+        shares = [share if index in kept else 0.0 for index, share in enumerate(shares)]
+    if params.min_p:
+        shares = [share if share >= params.min_p * max(shares) else 0.0 for share in shares]
+    return [share / sum(shares) for share in shares]
+
+
+SETTINGS = [
+    {"temperature": 1.0, "top_p": 1.0},
+    {"temperature": 0.5, "top_p": 1.0},
+    {"temperature": 2.5, "top_p": 1.0},
+    {"temperature": 1.0, "top_p": 0.7},
+    {"temperature": 1.0, "top_p": 1e-6},
+    {"temperature": 1.0, "top_p": 1.0, "top_k": 1},
+    {"temperature": 1.3, "top_p": 1.0, "top_k": 4},
+    {"temperature": 1.0, "top_p": 1.0, "top_k": 10**9},
+    {"temperature": 1.0, "top_p": 1.0, "min_p": 0.2},
+    {"temperature": 1.0, "top_p": 1.0, "min_p": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 6, "min_p": 0.05},
+    {"temperature": 0.0},
+    {"temperature": 0.0, "top_p": 0.1, "top_k": 3},
+]
+
+
+def distinct_logits(num_rows: int, vocab: int, seed: int) -> torch.Tensor:
+    """No two of a row are close: which token a filter keeps last does not hang on rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([0.37 * torch.randperm(vocab, generator=generator).float() for _ in range(num_rows)])
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_the_distribution_is_that_of_the_plain_reference(setting: dict) -> None:
+    params = SamplingParams(**setting)
+    logits = distinct_logits(6, 12, 3)
+    found = probabilities(logits, params)
+    for row, wanted in zip(found, (plain_probabilities(row, params) for row in logits.tolist()), strict=True):
+        torch.testing.assert_close(row, torch.tensor(wanted), atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.floats(0.05, 5),
+    st.floats(0.01, 1),
+    st.integers(0, 45),
+    st.floats(0, 1),
+    st.integers(0, 2**16),
+)
+def test_any_setting_gives_a_distribution_that_holds_the_best_token(vocab, temperature, top_p, top_k, min_p, seed):
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    logits = 4 * torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed))
+    found = probabilities(logits, params)
+    torch.testing.assert_close(found.sum(1), torch.ones(3))
+    assert bool((found.gather(1, logits.argmax(1, keepdim=True)) > 0).all())
+    if top_k:
+        assert int((found > 0).sum(1).max()) <= max(1, min(top_k, vocab))
+    for uniform in (0.0, 0.5, 1 - 2**-24):
+        drawn = draw(logits, params, torch.full((3,), uniform))
+        assert bool((found.gather(1, drawn[:, None]) > 0).all()), "drew a token that was filtered out"
+
+
+def chi_square(counts: torch.Tensor, shares: torch.Tensor) -> tuple[float, int]:
+    """Pearson's statistic and its degrees of freedom over the tokens that can be drawn."""
+    possible = shares > 0
+    expected = shares[possible].double() * counts.sum()
+    return float(((counts[possible] - expected) ** 2 / expected).sum()), int(possible.sum()) - 1
+
+
+def chi_square_limit(freedom: int) -> float:
+    """The 99.9 % point (Wilson and Hilferty's approximation)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.0902 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        s
+        for s in SETTINGS
+        if s["temperature"] and s.get("top_k") != 1 and s.get("min_p") != 1.0 and s.get("top_p") != 1e-6
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(setting: dict) -> None:
+    params = SamplingParams(**setting)
+    logits = 0.5 * distinct_logits(1, 12, 1)
+    shares = torch.tensor(plain_probabilities(logits[0].tolist(), params))
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(11))
+    counts = torch.bincount(draw(logits.expand(20_000, -1), params, uniform), minlength=12)
+    assert not counts[shares == 0].any()
+    statistic, freedom = chi_square(counts, shares)
+    assert statistic < chi_square_limit(freedom)
+
+
+def test_the_chi_square_test_sees_another_temperature() -> None:
+    logits = 0.5 * distinct_logits(1, 12, 1)
+    shares = torch.tensor(plain_probabilities(logits[0].tolist(), SamplingParams(temperature=1.0, top_p=1.0)))
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(11))
+    other = SamplingParams(temperature=1.1, top_p=1.0)
+    counts = torch.bincount(draw(logits.expand(20_000, -1), other, uniform), minlength=12)
+    statistic, freedom = chi_square(counts, shares)
+    assert statistic > chi_square_limit(freedom)
+
+
+def test_the_uniform_numbers_of_seeds_in_a_row_are_independent() -> None:
+    """Sample j of prompt i has a seed next to others': their first numbers must still be uniform."""
+    first = uniforms(list(range(4000)), 2)
+    for column in (first[:, 0], first[:, 1], (first[:, 0] + first[:, 1]) % 1, (first[1:, 0] - first[:-1, 0]) % 1):
+        counts = torch.histc(column, bins=20, min=0, max=1)
+        statistic, freedom = chi_square(counts, torch.full((20,), 0.05))
+        assert statistic < chi_square_limit(freedom)
+
+
+def test_uniform_numbers_belong_to_the_seed_and_the_step_alone() -> None:
+    longest = uniforms([5, 6, 7], 300)
+    assert bool((longest >= 0).all()) and bool((longest < 1).all())
+    for steps in (1, 3, 15, 16, 17, 64, 299):
+        assert torch.equal(uniforms([7], steps)[0], longest[2, :steps]), steps
+    assert torch.equal(uniforms([6, 5], 9), longest[[1, 0], :9])
+
+
+def test_greedy_is_the_maximum_whatever_else_is_set() -> None:
+    logits = distinct_logits(5, 30, 2)
+    params = SamplingParams(temperature=0, top_p=0.1, top_k=2, min_p=0.9)
+    assert torch.equal(draw(logits, params, torch.rand(5)), logits.argmax(1))
+
+
+def test_extreme_logits_do_not_break_the_draw() -> None:
+    rows = torch.tensor([[0.0, -1e30, -1e30], [3e38, 3e38, -3e38], [-1e30, -1e30, 0.0]])
+    drawn = draw(rows, SamplingParams(temperature=0.01, top_p=0.9), torch.tensor([0.999, 0.999, 0.0]))
+    assert drawn.tolist() == [0, 1, 2]
+    for temperature in (1e-6, 1e-30, 1e-300):
+        logits = distinct_logits(4, 9, 0)
+        params = SamplingParams(temperature=temperature, top_p=1.0)
+        assert torch.equal(draw(logits, params, torch.full((4,), 0.5)), logits.argmax(1))
+    assert draw(rows.bfloat16(), SamplingParams(top_p=1.0), torch.full((3,), 0.5)).tolist()[::2] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"temperature": -1},
+        {"max_new_tokens": 0},
+        {"topp": 1},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(setting: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(setting))):
+        SamplingParams(**setting)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"temperature": math.nan}, {"temperature": math.inf}, {"top_p": math.nan}], ids=str
+)
+def test_settings_that_are_no_numbers_are_refused(setting: dict) -> None:
+    with pytest.raises(ValidationError):
+        SamplingParams(**setting)
