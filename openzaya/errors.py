@@ -20,3 +20,7 @@ class CheckpointError(OpenZayaError):
 
 class DataError(OpenZayaError):
     """Training or evaluation data that is missing, malformed, or cannot fit the limits given."""
+
+
+class TrainingError(OpenZayaError):
+    """A run that cannot go on, such as one whose gradients are no longer finite."""

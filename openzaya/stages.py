@@ -178,7 +178,8 @@ def _tokenizer_texts(config: TokenizerConfig) -> Iterator[str]:
         for index in range(config.problems_per_family):
             problem = make_problem(name, index % 8, config.seed, index, "train")
             solution = get_family(name).solve(problem)
-            yield f"{problem.prompt}\n{solution.trace}\n{solution.answer}"
+            # With the roles' names, which the chat template writes into every conversation.
+            yield f"user\n{problem.prompt}\nassistant\n{solution.trace}\n{solution.answer}"
     if config.text_characters == 0:
         return
     files = find_files(config.text_paths)

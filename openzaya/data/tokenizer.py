@@ -150,8 +150,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         # Asking the hub for what cannot be a name there costs a minute where it cannot be reached.
         raise DataError(f"'{path}' is no directory, and no hub id (owner/name); check the path")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path), **_zaya_config(folder))
+    except Exception as error:  # the loader also raises the errors of the configurations it reads
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"cannot load a tokenizer from '{path}': {first_line}; give a folder with tokenizer.json, or a hub id "
@@ -160,6 +160,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"the tokenizer in '{path}' is not a fast one (tokenizer.json); convert it with transformers")
     return tokenizer
+
+
+def _zaya_config(folder: Path) -> dict[str, Any]:
+    """A ZAYA configuration for the loader, which else reads the folder's and refuses that of the legacy layout."""
+    from transformers import ZayaConfig
+
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {"config": ZayaConfig()} if isinstance(values, dict) and values.get("model_type") == "zaya" else {}
 
 
 def is_own_template(tokenizer: PreTrainedTokenizerFast) -> bool:

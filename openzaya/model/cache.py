@@ -133,8 +133,8 @@ class DecodeCache:
         step, mark = snapshot.marker
         if step >= len(self._history) or self._history[step] is not mark:
             raise DataError(
-                f"the snapshot at {snapshot.length} tokens is no point on the way to this cache's {self.length} tokens: "
-                "it was rolled back behind it, its rows were changed, or it is another cache's; take a new one"
+                f"the snapshot at {snapshot.length} tokens is no point on the way to this cache's {self.length} "
+                "tokens: it was rolled back behind it, its rows were changed, or it is another cache's; take a new one"
             )
         del self._history[step + 1 :]
         self.is_token_BS[:, snapshot.length :] = True

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openzaya.kernels import functions as kernels
+from openzaya.kernels.calls import first_order_only
 from openzaya.kernels.host import recycled_empty
 
 BLOCK_BYTES = 1 << 29
@@ -75,6 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total * scale
 
     @staticmethod
+    @first_order_only
     def backward(ctx, factor: Tensor):  # type: ignore[no-untyped-def]
         d_hidden, d_head, hidden_dtype, head_dtype = ctx.gradients
         ctx.gradients = None

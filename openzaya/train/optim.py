@@ -19,6 +19,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from openzaya.errors import TrainingError
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic coefficients (Keller Jordan, Muon): fast growth of small singular values towards 1."""
 
@@ -57,10 +59,11 @@ def schedule_scale(config: OptimizerConfig, step: int, total_steps: int) -> floa
     """Warm-up, stable, decay: the factor on the learning rates at ``step`` (1 .. total_steps)."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
-    decayed = step - (total_steps - config.decay_steps)
-    if decayed <= 0 or config.decay_steps == 0:
+    # In a run cut short the decay begins right behind the warm-up.
+    start = max(config.warmup_steps, total_steps - config.decay_steps)
+    if step <= start or config.decay_steps == 0:
         return 1.0
-    progress = decayed / config.decay_steps
+    progress = (step - start) / (total_steps - start)
     remaining = 1 - progress if config.decay_shape == "linear" else 1 - math.sqrt(progress)
     return config.final_scale + (1 - config.final_scale) * remaining
 
@@ -179,7 +182,13 @@ class MuonAdamW:
     def step(self, step: int) -> dict[str, float]:
         """Clip, set both learning rates for ``step`` (from 1), update, clear gradients; returns what it did."""
         scale = schedule_scale(self.config, step, self.total_steps)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip, error_if_nonfinite=False)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
+        if not math.isfinite(norm):
+            # Stop before the weights: the last checkpoint is still good.
+            raise TrainingError(
+                f"the gradient's norm is {float(norm)} at step {step}; lower the learning rates or lengthen the "
+                "warm-up, and go on from the last checkpoint"
+            )
         self.muon.param_groups[0]["lr"] = self.config.muon_learning_rate * scale
         self.adamw.param_groups[0]["lr"] = self.config.adamw_learning_rate * scale
         self.muon.step()

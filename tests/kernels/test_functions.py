@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openzaya.kernels import build, functions
+from openzaya.kernels import build, experts, functions
 from openzaya.model.attention import Attention, attend_documents
 from openzaya.model.config import ZayaConfig
 from openzaya.model.experts import loop_experts
@@ -21,15 +21,17 @@ from openzaya.train import loss
 from openzaya.train.loss import linear_cross_entropy, plain_cross_entropy
 
 TOLERANCE = 1e-5
+CANCELLING = {"qk_norm.temp": 3e-5}
+"""Gradients that are one number a head: their terms, one a token, nearly cancel."""
 pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler on this machine")
 
 
-def assert_close(ours: Tensor, twin: Tensor, name: str) -> None:
+def assert_close(ours: Tensor, twin: Tensor, name: str, tolerance: float = TOLERANCE) -> None:
     """The largest difference, relative to the largest entry."""
     assert ours.shape == twin.shape, name
     scale = max(float(twin.abs().max()), 1e-6) if twin.numel() else 1.0
     difference = float((ours - twin).abs().max()) / scale if twin.numel() else 0.0
-    assert math.isfinite(difference) and difference < TOLERANCE, f"{name} differs by {difference:.2e}"
+    assert math.isfinite(difference) and difference < tolerance, f"{name} differs by {difference:.2e}"
 
 
 def compare(ours: Callable[..., Tensor], twin: Callable[..., Tensor], inputs: dict[str, Tensor], seed: int = 0) -> None:
@@ -44,7 +46,7 @@ def compare(ours: Callable[..., Tensor], twin: Callable[..., Tensor], inputs: di
     assert_close(results[0][0], results[1][0], "output")
     for name, gradient in results[1][1].items():
         assert results[0][1][name] is not None, name
-        assert_close(results[0][1][name], gradient, f"gradient of {name}")
+        assert_close(results[0][1][name], gradient, f"gradient of {name}", CANCELLING.get(name, TOLERANCE))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -164,7 +166,7 @@ def test_experts(
     hidden_size: int, width: int, num_experts: int, skewed: bool, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts without a token, experts with one, and tokens of the skip class."""
-    monkeypatch.setattr(functions, "LARGE_EXPERT", 0 if large else 1 << 20)
+    monkeypatch.setattr(experts, "LARGE_EXPERT", 0 if large else 1 << 20)
     generator = torch.Generator().manual_seed(num_experts)
     choice = torch.randint(0, num_experts + 1, (150,), generator=generator)
     if skewed:

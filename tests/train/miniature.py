@@ -13,9 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from openzaya.config import Resolved, load_recipe
 from openzaya.data.tokenizer import save_tokenizer, train_tokenizer
+from openzaya.model import hf
 from openzaya.model.config import ZayaConfig, preset
+from openzaya.model.transformer import Zaya
 from openzaya.problems import get_family, make_problem
 from openzaya.train.recipe import TrainConfig
+from tests.model.reference import perturb
 
 VOCAB_SIZE = 300
 SHAPE: dict[str, Any] = {
@@ -55,6 +58,14 @@ def write_tokenizer(stages: Path) -> None:
     directory = stages / "01-tokenizer" / "tokenizer"
     directory.mkdir(parents=True)
     save_tokenizer(tokenizer(), directory)
+
+
+def write_babbling_model(directory: Path) -> Path:
+    """A checkpoint whose random weights give varied text, with its tokenizer."""
+    model = Zaya(config(max_position_embeddings=1024), seed=0)
+    perturb(model, torch.Generator().manual_seed(0))
+    hf.save(model, directory, layout="native", tokenizer=tokenizer())
+    return directory
 
 
 def write_texts(directory: Path, num_files: int = 6) -> None:
