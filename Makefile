@@ -18,8 +18,10 @@ STAMP := $(VENV)/installed.stamp
 BIN := $(VENV)/bin
 TORCH_VERSION := 2.13.0
 
-# A thread that waits for another must not spin: on a machine with other work it costs most of the speed.
+# A thread that waits for another spins for microseconds only: long spins cost most of the speed on a machine with
+# other work, none at all costs a quarter of it on an idle one (docs/lab-notes.md).
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 1000
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,9 @@ Model = Annotated[str, typer.Argument(help="A checkpoint directory or a hub id."
 
 def main() -> None:
     """Entry point: runs a verb and turns errors into messages and exit codes."""
+    # Read by OpenMP when torch is imported: waiting threads spin for microseconds, then sleep (docs/lab-notes.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
         # A model may write any character; a terminal that cannot show it must not end the program.
         if isinstance(stream, io.TextIOWrapper):

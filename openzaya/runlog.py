@@ -235,6 +235,7 @@ def describe_environment() -> dict[str, Any]:
         "torch_threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "git_commit": _git_commit(),
         "arguments": [Path(sys.argv[0]).name, *(_without_home(argument) for argument in sys.argv[1:])],
     }
