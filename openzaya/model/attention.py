@@ -103,21 +103,30 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | None,
     ) -> Tensor:
+        queries_keys_NHd, values_NKd = self._queries_keys_values(hidden_ND, layout, rotary, cache)
+        return self.o_proj(self._attend(queries_keys_NHd, values_NKd, layout, cache))
+
+    def _queries_keys_values(
+        self, hidden_ND: Tensor, layout: TokenLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Projection, QK-norm and RoPE; one kernel does all three of CCA."""
         if cache is None and isinstance(self.qkv_proj, CCAProjection) and kernels.suits(hidden_ND, self.o_proj.weight):
-            queries_keys_NHd, values_NKd = self.qkv_proj.mixed_and_turned(hidden_ND, layout, self.qk_norm.temp, rotary)
-        else:
-            queries_keys_NHd, values_NKd = self.qkv_proj(hidden_ND, layout, cache)
-            queries_keys_NHd = rotate(self.qk_norm(queries_keys_NHd), rotary).to(values_NKd.dtype)
+            return self.qkv_proj.mixed_and_turned(hidden_ND, layout, self.qk_norm.temp, rotary)
+        queries_keys_NHd, values_NKd = self.qkv_proj(hidden_ND, layout, cache)
+        return rotate(self.qk_norm(queries_keys_NHd), rotary).to(values_NKd.dtype), values_NKd
+
+    def _attend(
+        self, queries_keys_NHd: Tensor, values_NKd: Tensor, layout: TokenLayout, cache: LayerCache | None
+    ) -> Tensor:
+        """The heads' outputs (N, H * d); without cache and padding, rows are documents like any others."""
         if cache is None and layout.is_token_BT is None and kernels.suits(queries_keys_NHd, values_NKd):
             lengths = layout.document_lengths or [layout.row_length] * layout.batch_size
             if kernels.suits_attention(lengths, values_NKd.shape[1]):
-                return self.o_proj(kernels.attend(queries_keys_NHd, values_NKd, lengths, self.sliding_window))
+                return kernels.attend(queries_keys_NHd, values_NKd, lengths, self.sliding_window)
         queries_NHd, keys_NKd = queries_keys_NHd.tensor_split((self.num_query_heads,), dim=1)
         if layout.document_lengths is None:
-            heads_ND = attend_rows(queries_NHd, keys_NKd, values_NKd, layout, self.sliding_window, cache)
-        else:
-            heads_ND = attend_documents(queries_NHd, keys_NKd, values_NKd, layout.document_lengths, self.sliding_window)
-        return self.o_proj(heads_ND)
+            return attend_rows(queries_NHd, keys_NKd, values_NKd, layout, self.sliding_window, cache)
+        return attend_documents(queries_NHd, keys_NKd, values_NKd, layout.document_lengths, self.sliding_window)
 
 
 def attend_rows(
