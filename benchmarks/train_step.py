@@ -263,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: few rounds at nano only, nothing written")
     parser.add_argument("--shape", choices=(*SHAPES, "both"), default="both")
-    parser.add_argument("--rounds", type=int, default=None, help="rounds a shape (12 at nano, 3 at the slice)")
+    parser.add_argument("--rounds", type=int, default=None, help="rounds a shape (12 at nano, 2 at the slice)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of both sides")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -281,7 +281,7 @@ def main() -> None:
             rounds = arguments.rounds or (4 if arguments.quick else 12)
             summary = measure_nano(rounds, arguments.threads, arguments.quick)
         else:
-            summary = measure_slice(arguments.rounds or 3, arguments.threads)
+            summary = measure_slice(arguments.rounds or 2, arguments.threads)
         result["shapes"][shape] = summary
         if not arguments.json:
             print(f"{shape}: {summary['tokens_a_step']} tokens a step, median of {summary['rounds']} rounds")
