@@ -1,7 +1,7 @@
 # Every target sets itself up: the first one that runs creates .venv and installs the pinned packages.
 #
-#   make nano     tokenizer -> pretrain -> midtrain -> SFT -> evaluation -> report, on this machine's CPU
-#   make smoke    the same pipeline at toy size, in under three minutes
+#   make nano     tokenizer -> pretrain -> midtrain -> SFT -> evaluation -> report: 17 minutes on two CPU cores
+#   make smoke    the same pipeline at toy size, in under a minute
 #   make test     lint, then the tests
 #
 # Settings (environment or command line):

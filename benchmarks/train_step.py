@@ -12,7 +12,7 @@ expert implementations that is usable here (grouped_mm, its default, and eager);
 
 A further row times windows packed with short documents, which transformers cannot do correctly: no ratio.
 Peak memory is the peak resident set of a process that runs one side alone. The last line is one JSON object;
-without --quick it is also written to benchmarks/results/train_step.json.
+without --quick each shape is also written to benchmarks/results/train_step-SHAPE.json.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from openzaya.kernels import build
 from openzaya.kernels.host import keep_freed_memory
 from openzaya.model.config import ZayaConfig, preset
 
-RESULT = Path(__file__).parent / "results" / "train_step.json"
+RESULTS = Path(__file__).parent / "results"
 PEERS = ("grouped_mm", "eager")
 SHAPES: dict[str, tuple[ZayaConfig, int, int]] = {
     "nano": (preset("nano"), 16, 256),
@@ -159,8 +159,16 @@ def run_side(shape: str, side: str, steps: int) -> None:
     step, tokens = make_step(shape, side)
     first_loss = step()
     seconds = [timed(step) for _ in range(steps)]
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak_gib = peak_memory_gib()
     print(json.dumps({"loss": first_loss, "seconds": seconds, "tokens": tokens, "peak_gib": peak_gib}))
+
+
+def peak_memory_gib() -> float:
+    """Peak resident set of this program. ``ru_maxrss`` would count the parent's memory at the fork too."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) / 2**20
 
 
 def subprocess_side(shape: str, side: str, steps: int, threads: int) -> dict[str, Any]:
@@ -283,6 +291,10 @@ def main() -> None:
         else:
             summary = measure_slice(arguments.rounds or 2, arguments.threads)
         result["shapes"][shape] = summary
+        if not arguments.quick:
+            RESULTS.mkdir(exist_ok=True)
+            record = result | {"shapes": {shape: summary}}
+            (RESULTS / f"train_step-{shape}.json").write_text(json.dumps(record, indent=1) + "\n")
         if not arguments.json:
             print(f"{shape}: {summary['tokens_a_step']} tokens a step, median of {summary['rounds']} rounds")
             for side, speed in summary["tokens_per_s"].items():
@@ -292,9 +304,6 @@ def main() -> None:
                 f"  ratio to {summary['peer']}: {summary['ratio']:.2f} "
                 f"(rounds {summary['ratio_min']:.2f} to {summary['ratio_max']:.2f})"
             )
-    if not arguments.quick:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
