@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 TORCH_VERSION := 2.13.0
 
 # A thread that waits for another spins for microseconds only: long spins cost most of the speed on a machine with
-# other work, none at all costs a quarter of it on an idle one (docs/lab-notes.md).
+# other work, none at all costs a quarter of it on an idle one (measured: docs/lab-notes.md).
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 1000
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
