@@ -14,14 +14,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from openzaya.errors import EngineError, OpenZayaError, QueueFull
+    from openzaya.infer.engine import Engine, EngineStats
     from openzaya.infer.generate import generate
+    from openzaya.infer.outputs import Completion, Delta, RequestOutput, TokenLogprob
     from openzaya.infer.sampling import SamplingParams
     from openzaya.model.config import ZayaConfig, preset
     from openzaya.model.hf import convert, inspect, load, save
     from openzaya.model.transformer import ForwardRecord, Zaya
 
 _HOMES = {
+    "EngineError": "openzaya.errors",
+    "OpenZayaError": "openzaya.errors",
+    "QueueFull": "openzaya.errors",
+    "Engine": "openzaya.infer.engine",
+    "EngineStats": "openzaya.infer.engine",
     "generate": "openzaya.infer.generate",
+    "Completion": "openzaya.infer.outputs",
+    "Delta": "openzaya.infer.outputs",
+    "RequestOutput": "openzaya.infer.outputs",
+    "TokenLogprob": "openzaya.infer.outputs",
     "SamplingParams": "openzaya.infer.sampling",
     "ZayaConfig": "openzaya.model.config",
     "preset": "openzaya.model.config",
@@ -34,8 +46,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "Completion",
+    "Delta",
+    "Engine",
+    "EngineError",
+    "EngineStats",
     "ForwardRecord",
+    "OpenZayaError",
+    "QueueFull",
+    "RequestOutput",
     "SamplingParams",
+    "TokenLogprob",
     "Zaya",
     "ZayaConfig",
     "__version__",

@@ -134,16 +134,22 @@ def init(
     print(written)
 
 
-@app.command(epilog="Example: openzaya convert runs/smoke/02-pretrain/model /tmp/legacy --to legacy")
+@app.command(epilog="Example: openzaya convert runs/smoke/02-pretrain/model /tmp/small --quantize int4,down=int8")
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint directory or a hub id.")],
     destination: Annotated[Path, typer.Argument(help="Where to write; replaced only by a whole checkpoint.")],
-    to: Annotated[str, typer.Option(help="native, legacy or openzaya.")],
+    to: Annotated[str | None, typer.Option(help="native, legacy or openzaya.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4, with exceptions: int4,down=int8 (gate_up, down, attention, head).")
+    ] = None,
 ) -> None:
-    """Rewrite a checkpoint in another layout, tensor by tensor and byte for byte."""
+    """Rewrite a checkpoint in another layout, byte for byte, or quantise its matrices to 8 or 4 bits."""
     from openzaya.model import hf
 
-    print(hf.convert(source, destination, to=to).to_text())  # type: ignore[arg-type]  # checked there
+    if to is None and quantize is None:
+        raise typer.BadParameter("nothing to convert to; give --to native|legacy|openzaya or --quantize int8|int4")
+    found = hf.convert(source, destination, to=to, quantize=quantize, progress=_quantising)  # type: ignore[arg-type]
+    print(found.to_text())
 
 
 @app.command(epilog="Example: openzaya inspect runs/smoke/02-pretrain/model")
@@ -260,6 +266,82 @@ def eval(
     print(json.dumps(result) if as_json else _evaluation_text(result))
 
 
+@app.command(epilog="Example: openzaya quality runs/smoke/04-sft/model int4,down=int8 --tokens 2000")
+def quality(
+    original: Annotated[str, typer.Argument(help="The float checkpoint: a directory or a hub id.")],
+    quantised: Annotated[str, typer.Argument(help="Its quantised form: a directory, or a scheme such as int4.")],
+    text: Annotated[Path | None, typer.Option(help="A text file; by default held-out problems with solutions.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to compare on.")] = 4000,
+    generate: Annotated[int, typer.Option(min=0, help="Tokens to generate in search of loops; 0 for none.")] = 4000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What quantisation costs: errors by layer, KL and agreement of the next token, loops in long generations."""
+    from openzaya.infer.quality import measure
+
+    found = measure(original, quantised, text=text, num_tokens=tokens, num_generated=generate, seed=seed)
+    print(json.dumps(found.to_dict()) if as_json else found.to_text())
+
+
+@app.command(epilog="Example: openzaya serve runs/nano/04-sft/model --port 8000")
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine's own need a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENZAYA_API_KEY", help="What clients must send.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8, int4 or a mixture; the copy is kept.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    cache_dtype: Annotated[str, typer.Option(help="Keys and values: auto, float32, bfloat16 or int8.")] = "auto",
+    cache_gb: Annotated[float | None, typer.Option(min=0.0, help="Memory for keys and values, in GB.")] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Answers that are made together.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue; more get 429.")] = 256,
+    max_tokens_limit: Annotated[int | None, typer.Option(min=1, help="Most tokens of one answer.")] = None,
+    context: Annotated[str | None, typer.Option(help="Most tokens of prompt and answer, such as 32k.")] = None,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request, in MB.")] = 8.0,
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that one request may take.")] = 1800.0,
+    drain_timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to finish in, after the stop signal.")] = 120.0,
+    cors: Annotated[list[str] | None, typer.Option(help="Origin whose pages may call; repeat it for more.")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="Another name that this server answers to.")] = None,
+    served_name: Annotated[list[str] | None, typer.Option(help="Name of the model; by default its own.")] = None,
+    effort: Annotated[str, typer.Option(help="Thinking: none, minimal, low, medium or high.")] = "high",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write messages and prompts to the log.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let anyone in the network in, without a key.")] = False,
+) -> None:
+    """Serve a model to OpenAI clients and browsers; says first what it will take."""
+    from openzaya.serve.command import ServeOptions, serve_model
+
+    serve_model(
+        ServeOptions(
+            model=model,
+            host=host,
+            port=port,
+            api_key=api_key,
+            quantize=quantize,
+            dtype=dtype,
+            device=device,
+            cache_dtype=cache_dtype,
+            cache_gb=cache_gb,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            max_tokens_limit=max_tokens_limit,
+            context=context,
+            max_body_mb=max_body_mb,
+            request_timeout=request_timeout,
+            drain_timeout=drain_timeout,
+            cors=tuple(cors or ()),
+            allowed_hosts=tuple(allowed_host or ()),
+            served_names=tuple(served_name or ()),
+            effort=effort,
+            log_prompts=log_prompts,
+            insecure=insecure,
+        ),
+        progress=_quantising,
+    )
+
+
 @app.command(epilog="Example: openzaya report runs/smoke")
 def report(directory: Annotated[Path, typer.Argument(help="A run directory, or one stage of it.")]) -> None:
     """Write report.html and report.md with tables, plots and samples, from the run's files alone."""
@@ -267,6 +349,41 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory, or o
 
     paths = write_report(directory)
     print(f"{paths.html}\n{paths.markdown}")
+
+
+# --- the machine ------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: openzaya doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, what runs on it and how fast. Exit code 1 where something is set up wrongly."""
+    from openzaya.machine.doctor import diagnose, diagnosis_text
+    from openzaya.machine.facts import look
+
+    diagnosis = diagnose(look())
+    print(json.dumps(diagnosis.to_dict()) if as_json else diagnosis_text(diagnosis))
+    if not diagnosis.ok:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: openzaya plan --model zaya1-8b --quantize int4 --context 32k --batch 16")
+def plan(
+    model: Annotated[str, typer.Option(help="A preset, a checkpoint directory or a hub id.")],
+    quantize: Annotated[str | None, typer.Option(help="int8, int4 or a mixture: int4,down=int8.")] = None,
+    context: Annotated[str | None, typer.Option(help="Tokens a sequence, such as 32k; by default 8k.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    cache_dtype: Annotated[str, typer.Option(help="Keys and values: auto, float32, bfloat16 or int8.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say what memory, disk and time a model takes on this machine, and how fast it would be. Loads nothing."""
+    from openzaya.machine.facts import look
+    from openzaya.machine.plan import find_model, make_plan, plan_text
+    from openzaya.machine.sizes import parse_tokens
+
+    num_tokens = None if context is None else parse_tokens(context)
+    source = find_model(model)
+    made = make_plan(source, look(), quantise=quantize, context=num_tokens, batch=batch, cache_dtype=cache_dtype)
+    print(json.dumps(made.to_dict()) if as_json else plan_text(made))
 
 
 def _sampling(temperature: float, top_p: float, top_k: int, min_p: float, max_tokens: int, seed: int) -> SamplingParams:
@@ -290,6 +407,15 @@ def _session(model: str, dtype: str, device: str) -> Any:
     from openzaya.infer.chat import ChatSession
 
     return ChatSession.load(model, dtype=dtype, device=device)
+
+
+def _quantising(done: int, total: int, seconds: float) -> None:
+    rate = done / max(seconds, 1e-9)
+    left = f"{(total - done) / max(rate, 1):.0f} s left" if done < total else f"took {seconds:.0f} s"
+    end = "\n" if done == total or not sys.stderr.isatty() else ""
+    begin = "\r" if sys.stderr.isatty() else ""
+    text = f"quantised {done / 1e6:,.0f} of {total / 1e6:,.0f} M weights, {rate / 1e6:.0f} M/s, {left}"
+    print(f"{begin}{text:<78}", end=end, file=sys.stderr, flush=True)
 
 
 def _evaluation_text(result: dict[str, Any]) -> str:

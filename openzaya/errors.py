@@ -24,3 +24,11 @@ class DataError(OpenZayaError):
 
 class TrainingError(OpenZayaError):
     """A run that cannot go on, such as one whose gradients are no longer finite."""
+
+
+class EngineError(OpenZayaError):
+    """A request that the inference engine cannot serve, or an engine that cannot be set up as asked."""
+
+
+class QueueFull(EngineError):
+    """The engine holds as many waiting requests as it may: try again later."""

@@ -18,7 +18,22 @@ from openzaya.infer.chat import ChatSession
 from tests.command import error_line, openzaya
 from tests.train import miniature
 
-VERBS = ("run", "train", "config", "init", "convert", "inspect", "generate", "chat", "eval", "report")
+VERBS = (
+    "run",
+    "train",
+    "config",
+    "init",
+    "convert",
+    "inspect",
+    "generate",
+    "chat",
+    "eval",
+    "quality",
+    "serve",
+    "report",
+    "doctor",
+    "plan",
+)
 
 
 @pytest.fixture(scope="module")

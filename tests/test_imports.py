@@ -22,7 +22,7 @@ ROWS = (
     ("sandbox", "problems"),
     ("data",),
     ("train", "infer"),
-    ("rl", "ttc"),
+    ("rl", "ttc", "machine"),
     ("eval", "serve"),
     ("stages",),
     ("initialize",),

@@ -1,6 +1,6 @@
 """Kernels of attention: CCA's mixing of queries and keys (arXiv 2510.04476), causal attention inside documents.
 
-C++ and formulas: cpp/cca.hpp, cpp/cca_backward.hpp, cpp/attention.hpp. fp32 on the CPU; callers ask
+C++ and formulas: cpp/train/cca.hpp, cpp/train/cca_backward.hpp, cpp/train/attention.hpp. fp32 on the CPU; callers ask
 :func:`openzaya.kernels.calls.suits` first, and :func:`suits_attention` before :func:`attend`.
 
 Shape suffixes: N tokens, H query heads then key heads, K key heads, d head size, C = H*d.

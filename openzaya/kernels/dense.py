@@ -1,6 +1,6 @@
 """Kernels of the dense layers: embedding, linear, RMSNorm, residual merge and the cross-entropy of a head.
 
-C++ and formulas: cpp/linear.hpp, cpp/normalise.hpp, cpp/head.hpp. fp32 on the CPU; callers ask
+C++ and formulas: cpp/train/linear.hpp, cpp/train/normalise.hpp, cpp/train/head.hpp. fp32 on the CPU; callers ask
 :func:`openzaya.kernels.calls.suits` first.
 
 Shape suffixes: N tokens, D hidden, V vocabulary.

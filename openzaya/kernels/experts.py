@@ -1,6 +1,6 @@
 """Kernels of the experts: y = gate * W2_e (silu(g) * u), [g, u] = W1_e x, one expert a token.
 
-Small experts go through cpp/experts.hpp, which packs every matrix; large ones through PyTorch's products, written
+Small experts go through cpp/train/experts.hpp, which packs every matrix; large ones through PyTorch's products, written
 straight into their places. fp32 on the CPU; callers ask :func:`openzaya.kernels.calls.suits` first.
 
 Shape suffixes: N tokens, D hidden, E experts. ``gate_up`` is (E, 2F, D), gate first, ``down`` (E, D, F).

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openzaya.kernels import functions as kernels
-from openzaya.model.cache import LayerCache
+from openzaya.model.cache import DecodeCache, LayerCache
 from openzaya.model.cca import CCAProjection
 from openzaya.model.config import ZayaConfig
 from openzaya.model.layers import Linear, at_least_float, rotate
 from openzaya.model.layout import TokenLayout
+from openzaya.model.paged import PagedLayer
 
 
 class PlainProjection(nn.Module):
@@ -35,7 +36,9 @@ class PlainProjection(nn.Module):
         self.k_proj = Linear(config.hidden_size, config.num_cache_heads * config.head_dim)
         self.v_proj = Linear(config.hidden_size, config.num_cache_heads * config.head_dim)
 
-    def forward(self, hidden_ND: Tensor, layout: TokenLayout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_ND: Tensor, layout: TokenLayout, cache: LayerCache | PagedLayer | None
+    ) -> tuple[Tensor, Tensor]:
         queries_keys = torch.cat((self.q_proj(hidden_ND), self.k_proj(hidden_ND)), dim=-1)
         shape = (-1, self.head_dim)
         return at_least_float(queries_keys).unflatten(-1, shape), self.v_proj(hidden_ND).unflatten(-1, shape)
@@ -53,7 +56,9 @@ class LatentProjection(nn.Module):
         self.k_latent_proj = Linear(config.mla_latent_size, self.heads * (self.head_dim - self.rotary_dim))
         self.v_latent_proj = Linear(config.mla_latent_size, self.heads * self.head_dim)
 
-    def forward(self, hidden_ND: Tensor, layout: TokenLayout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_ND: Tensor, layout: TokenLayout, cache: LayerCache | PagedLayer | None
+    ) -> tuple[Tensor, Tensor]:
         latent = self.latent_proj(hidden_ND)
         rotary = self.k_rotary_proj(hidden_ND)[:, None, :].expand(-1, self.heads, -1)
         plain = self.k_latent_proj(latent).unflatten(-1, (self.heads, -1))
@@ -101,22 +106,26 @@ class Attention(nn.Module):
         hidden_ND: Tensor,
         layout: TokenLayout,
         rotary: tuple[Tensor, Tensor],
-        cache: LayerCache | None,
+        cache: LayerCache | PagedLayer | None,
     ) -> Tensor:
         queries_keys_NHd, values_NKd = self._queries_keys_values(hidden_ND, layout, rotary, cache)
         return self.o_proj(self._attend(queries_keys_NHd, values_NKd, layout, cache))
 
     def _queries_keys_values(
-        self, hidden_ND: Tensor, layout: TokenLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+        self,
+        hidden_ND: Tensor,
+        layout: TokenLayout,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | PagedLayer | None,
     ) -> tuple[Tensor, Tensor]:
         """Projection, QK-norm and RoPE; one kernel does all three of CCA."""
-        if cache is None and isinstance(self.qkv_proj, CCAProjection) and kernels.suits(hidden_ND, self.o_proj.weight):
+        if cache is None and isinstance(self.qkv_proj, CCAProjection) and kernels.suits(hidden_ND, self.qk_norm.temp):
             return self.qkv_proj.mixed_and_turned(hidden_ND, layout, self.qk_norm.temp, rotary)
         queries_keys_NHd, values_NKd = self.qkv_proj(hidden_ND, layout, cache)
         return rotate(self.qk_norm(queries_keys_NHd), rotary).to(values_NKd.dtype), values_NKd
 
     def _attend(
-        self, queries_keys_NHd: Tensor, values_NKd: Tensor, layout: TokenLayout, cache: LayerCache | None
+        self, queries_keys_NHd: Tensor, values_NKd: Tensor, layout: TokenLayout, cache: LayerCache | PagedLayer | None
     ) -> Tensor:
         """The heads' outputs (N, H * d); without cache and padding, rows are documents like any others."""
         if cache is None and layout.is_token_BT is None and kernels.suits(queries_keys_NHd, values_NKd):
@@ -124,6 +133,8 @@ class Attention(nn.Module):
             if kernels.suits_attention(lengths, values_NKd.shape[1]):
                 return kernels.attend(queries_keys_NHd, values_NKd, lengths, self.sliding_window)
         queries_NHd, keys_NKd = queries_keys_NHd.tensor_split((self.num_query_heads,), dim=1)
+        if isinstance(cache, PagedLayer):
+            return attend_pages(queries_NHd, keys_NKd, values_NKd, self.sliding_window, cache)
         if layout.document_lengths is None:
             return attend_rows(queries_NHd, keys_NKd, values_NKd, layout, self.sliding_window, cache)
         return attend_documents(queries_NHd, keys_NKd, values_NKd, layout.document_lengths, self.sliding_window)
@@ -141,13 +152,27 @@ def attend_rows(
     rows = (layout.batch_size, layout.row_length)
     queries, keys, values = (x.unflatten(0, rows).transpose(1, 2) for x in (queries_NHd, keys_NKd, values_NKd))
     start, is_token = 0, layout.is_token_BT
-    if cache is not None and layout.cache is not None:
+    if cache is not None and isinstance(layout.cache, DecodeCache):
         start = layout.cache.length
         keys, values = cache.append(keys, values, start)
         is_token = layout.cache.is_token_BS[:, : keys.shape[2]] if layout.cache.has_padding else None
     mask = causal_mask(layout.row_length, start, sliding_window, is_token, queries.device)
     output = scaled_dot_product(queries, keys, values, mask, is_causal=mask is None and layout.row_length > 1)
     return output.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def attend_pages(
+    queries_NHd: Tensor, keys_NKd: Tensor, values_NKd: Tensor, sliding_window: int | None, cache: PagedLayer
+) -> Tensor:
+    """Causal attention of a ragged step over paged keys and values, sequences of like shape together; (N, H*d)."""
+    cache.append(keys_NKd, values_NKd)
+    output_NHd = torch.empty_like(queries_NHd)
+    for read in cache.reads(sliding_window):
+        keys_BKSd, values_BKSd = cache.gather(read, queries_NHd.dtype)
+        queries_BHTd = queries_NHd[read.tokens_BT].transpose(1, 2)
+        output = scaled_dot_product(queries_BHTd, keys_BKSd, values_BKSd, read.mask, read.is_causal)
+        output_NHd[read.tokens_BT] = output.transpose(1, 2)
+    return output_NHd.flatten(1)
 
 
 def attend_documents(

@@ -27,6 +27,8 @@ from openzaya.model.cache import LayerCache
 from openzaya.model.config import ZayaConfig
 from openzaya.model.layers import Linear, at_least_float, linear
 from openzaya.model.layout import TokenLayout
+from openzaya.model.paged import PagedLayer
+from openzaya.model.quantised import QuantisedMatrix
 
 
 class CausalConvolution(nn.Module):
@@ -53,9 +55,11 @@ class CCAProjection(nn.Module):
         self.conv_qk_depthwise = CausalConvolution(config.conv_channels, 1, config.cca_time0)
         self.conv_qk_grouped = CausalConvolution(config.conv_channels, self.head_dim, config.cca_time1)
 
-    def forward(self, hidden_ND: Tensor, layout: TokenLayout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_ND: Tensor, layout: TokenLayout, cache: LayerCache | PagedLayer | None
+    ) -> tuple[Tensor, Tensor]:
         """Returns queries and keys together (N, h_q + h_k, d) and values (N, h_k, d), in fp32."""
-        half_of_values = self.v_proj_current.weight.shape[0]
+        half_of_values = self.num_key_heads * self.head_dim // 2
         sizes = (self.conv_qk_depthwise.bias.numel(), half_of_values, half_of_values)
         z_NC, current, delayed_source = self.project(hidden_ND, layout).split(sizes, dim=-1)
         if cache is None:
@@ -73,6 +77,8 @@ class CCAProjection(nn.Module):
         if layout.is_token_N is not None:
             hidden_ND = hidden_ND * layout.is_token_N[:, None]
         projections = (self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed)
+        if isinstance(self.q_proj, QuantisedMatrix):
+            return torch.cat([projection(hidden_ND) for projection in projections], dim=-1)
         return linear(hidden_ND, torch.cat([projection.weight for projection in projections]))
 
     def convolve(self, z_NC: Tensor, offset_N: Tensor) -> Tensor:

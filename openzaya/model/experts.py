@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from openzaya.kernels import functions as kernels
 from openzaya.model.config import ZayaConfig
+from openzaya.model.quantised import QuantisedMatrix
 from openzaya.model.router import Route
 
 
@@ -26,12 +27,14 @@ class Experts(nn.Module):
     def __init__(self, config: ZayaConfig):
         super().__init__()
         shape = (config.num_experts, config.hidden_size, config.moe_intermediate_size)
-        self.gate_up_proj = nn.Parameter(torch.empty(shape[0], 2 * shape[2], shape[1]))
-        self.down_proj = nn.Parameter(torch.empty(shape))
+        self.gate_up_proj: nn.Parameter | QuantisedMatrix = nn.Parameter(torch.empty(shape[0], 2 * shape[2], shape[1]))
+        self.down_proj: nn.Parameter | QuantisedMatrix = nn.Parameter(torch.empty(shape))
         self.implementation = "grouped"
         """``grouped`` or ``loop``; same numbers, other speed."""
 
     def forward(self, hidden_ND: Tensor, route: Route) -> Tensor:
+        if isinstance(self.gate_up_proj, QuantisedMatrix) or isinstance(self.down_proj, QuantisedMatrix):
+            return quantised_experts(hidden_ND, route.choice_N, route.gate_N, self.gate_up_proj, self.down_proj)
         if self.implementation == "grouped" and kernels.suits(hidden_ND, self.gate_up_proj, self.down_proj):
             return kernels.experts(hidden_ND, route.choice_N, route.gate_N, self.gate_up_proj, self.down_proj)
         # The grouped product exists for fp32 and narrower types only.
@@ -62,3 +65,27 @@ def loop_experts(hidden_ND: Tensor, choice_N: Tensor, gate_N: Tensor, gate_up: T
         output_MD = (F.silu(gate_M) * up_M) @ down[expert].T
         output_ND = output_ND.index_copy(0, tokens_M, output_MD * gate_N[tokens_M, None].to(output_MD.dtype))
     return output_ND
+
+
+def quantised_experts(
+    hidden_ND: Tensor,
+    choice_N: Tensor,
+    gate_N: Tensor,
+    gate_up: Tensor | QuantisedMatrix,
+    down: Tensor | QuantisedMatrix,
+) -> Tensor:
+    """:func:`loop_experts` where one or both stacks are quantised; only experts with tokens are looked at."""
+    output_ND = torch.zeros_like(hidden_ND)
+    num_experts = gate_up.leading[0] if isinstance(gate_up, QuantisedMatrix) else gate_up.shape[0]
+    for expert in choice_N.unique().tolist():
+        if expert == num_experts:
+            continue  # the skip class gives 0
+        tokens_M = (choice_N == expert).nonzero()[:, 0]
+        gate_M, up_M = _product(hidden_ND[tokens_M], gate_up, expert).chunk(2, dim=-1)
+        output_MD = _product(F.silu(gate_M) * up_M, down, expert)
+        output_ND[tokens_M] = output_MD * gate_N[tokens_M, None].to(output_MD.dtype)
+    return output_ND
+
+
+def _product(x_MD: Tensor, stack: Tensor | QuantisedMatrix, expert: int) -> Tensor:
+    return stack(x_MD, expert) if isinstance(stack, QuantisedMatrix) else x_MD @ stack[expert].T

@@ -2,7 +2,8 @@
 
 * ``native``: what ``transformers`` >= 5.13 reads (``ZayaForCausalLM``), one layer = attention + experts.
 * ``legacy``: the layout of ZAYA1-base and the ``-legacy`` repositories, twice as many sub-layers.
-* ``openzaya``: ours, versioned, for what those cannot hold (ablation variants, extra tensor groups).
+* ``openzaya``: ours, versioned, for what those cannot hold (ablation variants, extra tensor groups, quantised
+  matrices; hf_quantised.py).
 
 Everything starts with a survey of the directory: config.json, every safetensors header, and the table
 of ``hf_names`` that says which tensors this configuration must have. Whatever does not fit becomes a
@@ -33,6 +34,15 @@ from openzaya.model.config import ZayaConfig
 from openzaya.model.hf_config import Layout, write_config
 from openzaya.model.hf_files import TensorToWrite
 from openzaya.model.hf_names import dtype_policy, refuse_variant
+from openzaya.model.hf_quantised import (
+    Counting,
+    Mapper,
+    Progress,
+    describe,
+    quantised_pair,
+    write_scheme,
+    write_tensors,
+)
 from openzaya.model.hf_report import Inspection
 from openzaya.model.hf_survey import GROUP_PREFIX, empty_model, required_groups, survey_checkpoint, torch_dtype_name
 from openzaya.model.hf_write import (
@@ -50,6 +60,7 @@ from openzaya.model.hf_write import (
     write_tokenizer,
 )
 from openzaya.model.hub import resolve
+from openzaya.model.quantised import QuantScheme, quantised_slots
 
 if TYPE_CHECKING:
     from openzaya.model.transformer import Zaya
@@ -82,7 +93,8 @@ def load(
     Args:
         path_or_hub_id: a directory, or ``owner/name`` on the hub (hub.py).
         dtype: ``auto`` keeps each tensor as stored; balancing biases are float32 in any case.
-        device: where the tensors are put, one by one; peak memory is the weights and a little.
+        device: where the tensors are put, one by one; peak memory is the weights and a little. Matrices of a
+            quantised checkpoint are mapped on the CPU, not copied: they take memory as they are used.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -103,25 +115,31 @@ def load(
         )
     survey.refuse()
 
-    model = empty_model(survey.known_config)
+    model = empty_model(survey.known_config, survey.scheme)
+    mapper = Mapper() if survey.scheme is not None and torch.device(device).type == "cpu" else None
     for name, meta in model.state_dict().items():
         sources = survey.sources[name]
-        wanted = hf_files.DTYPES[sources[0].dtype] if target is None else target
-        if dtype_policy(name) == "float32":
+        stored_dtype, policy = hf_files.DTYPES[sources[0].dtype], dtype_policy(name)
+        wanted = stored_dtype if target is None or policy == "stored" else target
+        if policy == "float32":
             wanted = torch.float32
+        if mapper is not None and wanted == stored_dtype and meta.dim() > 1:
+            _assign(model, name, mapper.tensor(sources[0]))
+            continue
         tensor = torch.empty(meta.shape, dtype=wanted, device=device)
         parts = [tensor] if len(sources) == 1 else list(tensor)
         for source, part in zip(sources, parts, strict=True):
             hf_files.read_into(source, part)
         _assign(model, name, tensor)
-    return model.eval()
+    # Training a quantised model is refused at the first gradient that is asked for, so none is.
+    return model.eval().requires_grad_(survey.scheme is None)
 
 
 def save(
     model: Zaya,
     path: str | Path,
     *,
-    layout: Layout = "native",
+    layout: Layout | None = None,
     tokenizer: Any = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     groups: Mapping[str, TensorGroup] | None = None,
@@ -129,6 +147,7 @@ def save(
     """Write a checkpoint; an existing one at ``path`` is replaced only when the new one is complete on disk.
 
     Args:
+        layout: by default ``native``, and ``openzaya`` for a quantised model, which no other holds.
         tokenizer: something with ``save_pretrained(directory)``, or a directory or file to copy from.
         max_shard_bytes: weights beyond it are split into shards with an index.
         groups: extra tensors by name of their group ("openzaya" layout only).
@@ -136,7 +155,11 @@ def save(
     Raises:
         CheckpointError: the layout cannot hold this model, or ``path`` holds something else than a checkpoint.
     """
+    scheme: QuantScheme | None = model.quantisation
+    layout = layout or ("native" if scheme is None else "openzaya")
     check_layout(layout, max_shard_bytes)
+    if scheme is not None and layout != "openzaya":
+        raise CheckpointError(f"layout '{layout}' cannot hold a quantised model ({scheme}); use layout 'openzaya'")
     if groups and layout != "openzaya":
         raise CheckpointError(
             f"layout '{layout}' cannot hold tensor groups ({', '.join(groups)}); use layout 'openzaya'"
@@ -145,15 +168,22 @@ def save(
     if layout != "openzaya":
         refuse_variant(config, f"layout '{layout}'")
     state = model.state_dict()
-    check_state(config, state)
+    check_state(config, state, scheme)
     tensors: list[TensorToWrite] = []
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    quantised = {name: tensor for name, tensor in state.items() if dtype_policy(name) == "stored"}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in quantised}
     for target in targets(config, shapes, layout):
         tensors += from_state(state[target.native], target)
     main = hf_files.main_dtype(tensors)
+    pairs = [
+        (from_tensor(name, state[name]), from_tensor(scales, state[scales]))
+        for name, scales in ((name, name.removesuffix("packed") + "scales") for name in quantised if name.endswith("d"))
+    ]
     for group, content in sorted((groups or {}).items()):
         tensors += [from_tensor(f"{GROUP_PREFIX}{group}.{name}", value) for name, value in content.tensors.items()]
     raw = write_config(config, layout, torch_dtype_name(main))
+    if scheme is not None:
+        raw["quantisation"] = write_scheme(scheme)
     if groups:
         raw["groups"] = {
             group: {"tensors": sorted(content.tensors), "required": content.required}
@@ -163,7 +193,7 @@ def save(
     with Replacing(directory) as temporary:
         hf_files.write_json(temporary / "config.json", raw)
         hf_files.write_json(temporary / "generation_config.json", generation_config(config))
-        hf_files.write_sharded(temporary, tensors, max_shard_bytes)
+        write_tensors(temporary, pairs, tensors, max_shard_bytes)
         write_tokenizer(tokenizer, temporary)
     return directory
 
@@ -172,15 +202,33 @@ def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    to: Layout,
+    to: Layout | None = None,
+    quantize: str | QuantScheme | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     revision: str | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
-    """Rewrite a checkpoint in another layout without changing a byte of any tensor; returns what was written.
+    """Rewrite a checkpoint in another layout, or quantise it; returns what was written.
 
-    Tokenizer and generation files are copied. Memory stays below 100 MB whatever the size.
-    The result's ``warnings`` hold those of the source.
+    Without ``quantize`` no byte of any tensor changes. With it, the result is in the "openzaya" layout, which
+    :func:`load` opens without reading it. Tokenizer and generation files are copied. Memory stays below 100 MB
+    (quantising: below 200 MB) whatever the size. The result's ``warnings`` hold those of the source.
+
+    Args:
+        to: the layout; may be left out with ``quantize``.
+        quantize: a scheme such as "int8" or "int4,down=int8" (:class:`QuantScheme`).
+        progress: called while quantising, see :data:`Progress`.
+
+    Raises:
+        ConfigError: a scheme that cannot be read.
+        CheckpointError: the source has problems, or the layout cannot hold the result; nothing is written then.
     """
+    scheme = QuantScheme.parse(quantize) if isinstance(quantize, str) else quantize
+    if to is None and scheme is None:
+        raise CheckpointError("neither a layout nor a quantisation to convert to; pass to= or quantize=")
+    to = to or "openzaya"
+    if scheme is not None and to != "openzaya":
+        raise CheckpointError(f"layout '{to}' cannot hold a quantised model ({scheme}); use layout 'openzaya'")
     check_layout(to, max_shard_bytes)
     source = resolve(src, revision)
     destination = Path(dst).expanduser().resolve()
@@ -189,24 +237,43 @@ def convert(
     survey = survey_checkpoint(source)
     if survey.groups and to != "openzaya":
         survey.problems.append(f"tensor groups {', '.join(survey.groups)} do not fit layout '{to}'; use 'openzaya'")
+    if survey.scheme is not None and to != "openzaya":
+        survey.problems.append(
+            f"it is quantised ({survey.scheme}), which layout '{to}' cannot hold; convert the original weights"
+        )
+    if survey.scheme is not None and scheme is not None:
+        survey.problems.append(
+            f"it is quantised already ({survey.scheme}); quantising its rounded weights again would add error: "
+            "convert the original weights"
+        )
     for native, stored in survey.sources.items():
         if len({part.dtype for part in stored}) > 1:
             survey.problems.append(f"{native}: its experts are stored in different types; write them in one type")
     survey.refuse()
     config = survey.known_config
 
+    scheme = scheme or survey.scheme
+    slots = [] if scheme is None else quantised_slots(empty_model(config), scheme)
+    counting = Counting(sum(slot.num_weights for slot in slots), progress)
+    pairs = [quantised_pair(slot, survey.sources, counting) for slot in slots]
+    replaced = {slot.source for slot in slots if slot.name != "lm_head"}
+    kept = {
+        name: shape for name, shape in survey.shapes.items() if name not in replaced and dtype_policy(name) != "stored"
+    }
     tensors: list[TensorToWrite] = []
-    for target in targets(config, survey.shapes, to):
+    for target in targets(config, kept, to):
         tensors += from_stored(survey.sources[target.native], target)
     for content in survey.groups.values():
         for extra in content.values():
             tensors += from_stored((extra,), Target(extra.name, (extra.name,), extra.shape))
     raw = write_config(config, to, torch_dtype_name(survey.main_dtype))
+    if scheme is not None:
+        raw["quantisation"] = write_scheme(scheme)
     if survey.groups:
         raw["groups"] = survey.raw_config["groups"]
     with Replacing(destination) as temporary:
         hf_files.write_json(temporary / "config.json", raw)
-        hf_files.write_sharded(temporary, tensors, max_shard_bytes)
+        write_tensors(temporary, pairs, tensors, max_shard_bytes)
         copy_side_files(source, temporary)
         if not (temporary / "generation_config.json").exists():
             hf_files.write_json(temporary / "generation_config.json", generation_config(config))
@@ -225,6 +292,11 @@ def inspect(path_or_hub_id: str | Path, *, revision: str | None = None) -> Inspe
     for tensor in survey.tensors.values():
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
     ignored = set(survey.ignored)
+    slots = (
+        quantised_slots(empty_model(survey.config), survey.scheme)
+        if survey.scheme is not None and survey.config is not None
+        else []
+    )
     parameters = [
         stored
         for name, stored in survey.tensors.items()
@@ -234,13 +306,15 @@ def inspect(path_or_hub_id: str | Path, *, revision: str | None = None) -> Inspe
         path=str(survey.directory),
         layout=survey.layout,
         config=None if survey.config is None else survey.config.model_dump(mode="json"),
-        num_parameters=sum(stored.num_elements for stored in parameters),
+        num_parameters=sum(stored.num_elements for stored in parameters)
+        + sum(slot.num_weights for slot in slots if slot.name != "lm_head"),
         num_tensors=len(survey.tensors),
         num_weight_bytes=sum(stored.num_bytes for stored in survey.tensors.values()),
         num_files=len({stored.file for stored in survey.tensors.values()}),
         dtypes=dict(sorted(dtypes.items())),
         has_tokenizer=any((survey.directory / name).exists() for name in TOKENIZER_FILES),
         has_chat_template=(survey.directory / "chat_template.jinja").exists(),
+        quantisation=None if survey.scheme is None else describe(slots, survey.scheme, survey.tensors),
         groups=sorted(survey.groups),
         missing=survey.missing,
         unexpected=survey.unexpected,

@@ -190,7 +190,7 @@ def _read_openzaya(raw: dict[str, Any], refuse: Refuse) -> dict[str, Any]:
     elif version > OPENZAYA_FORMAT:
         refuse(f"openzaya_format={version}, this version reads up to {OPENZAYA_FORMAT}; upgrade openzaya")
     else:
-        for key in sorted(raw.keys() - {"model_type", "openzaya_format", "dtype", "config", "groups"}):
+        for key in sorted(raw.keys() - {"model_type", "openzaya_format", "dtype", "config", "groups", "quantisation"}):
             refuse(f"unknown key '{key}'={short(raw[key])}; write the checkpoint again")
         if isinstance(raw.get("config"), dict):
             return dict(raw["config"])

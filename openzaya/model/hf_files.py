@@ -316,9 +316,14 @@ def tensor_chunks(tensor: torch.Tensor) -> Iterator[Any]:
         yield flat[begin : begin + step].cpu().view(torch.uint8).numpy().data
 
 
-def write_file(path: Path, tensors: list[TensorToWrite]) -> None:
-    """Write one safetensors file, streaming; the data is on disk when this returns."""
-    ordered = sorted(tensors, key=lambda tensor: (-_TYPE_RANK[tensor.dtype], tensor.name))
+def write_file(path: Path, tensors: list[TensorToWrite], *, alignment: int | None = None) -> None:
+    """Write one safetensors file, streaming; the data is on disk when this returns.
+
+    With an ``alignment`` the order of ``tensors`` is kept and the first one's data begins at a multiple of it.
+    """
+    ordered = tensors
+    if alignment is None:
+        ordered = sorted(tensors, key=lambda tensor: (-_TYPE_RANK[tensor.dtype], tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in ordered:
@@ -326,7 +331,7 @@ def write_file(path: Path, tensors: list[TensorToWrite]) -> None:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % (alignment or 8))
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for tensor in ordered:
@@ -339,11 +344,14 @@ def write_file(path: Path, tensors: list[TensorToWrite]) -> None:
         os.fsync(file.fileno())
 
 
-def write_sharded(directory: Path, tensors: list[TensorToWrite], max_shard_bytes: int) -> list[str]:
+def write_sharded(
+    directory: Path, tensors: list[TensorToWrite], max_shard_bytes: int, *, alignment: int | None = None
+) -> list[str]:
     """Write ``tensors`` as one file, or as shards of at most ``max_shard_bytes`` with an index.
 
     Shards are filled in the order given, so the same list always gives the same files. A tensor
-    larger than the limit gets a shard of its own. Returns the names of the files.
+    larger than the limit gets a shard of its own. Returns the names of the files. ``alignment`` as in
+    :func:`write_file`.
     """
     shards: list[list[TensorToWrite]] = [[]]
     size = 0
@@ -354,11 +362,11 @@ def write_sharded(directory: Path, tensors: list[TensorToWrite], max_shard_bytes
         shards[-1].append(tensor)
         size += tensor.num_bytes
     if len(shards) == 1:
-        write_file(directory / SINGLE_NAME, shards[0])
+        write_file(directory / SINGLE_NAME, shards[0], alignment=alignment)
         return [SINGLE_NAME]
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        write_file(directory / name, shard)
+        write_file(directory / name, shard, alignment=alignment)
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {
         "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},

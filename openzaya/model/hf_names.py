@@ -25,8 +25,9 @@ from typing import Literal
 from openzaya.errors import CheckpointError
 from openzaya.model.config import ZayaConfig
 
-DtypePolicy = Literal["weight", "float32"]
-"""``weight``: any supported float type, cast on request; ``float32``: always float32 in memory."""
+DtypePolicy = Literal["weight", "float32", "stored"]
+"""``weight``: any supported float type, cast on request; ``float32``: always float32 in memory; ``stored``: parts of
+quantised matrices, whose types belong to their format."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ _LAYER_ROWS = (
 
 _ABSENT_IN_FIRST_LAYER = "mlp.gate.router_states_scale"  # the first router has no state to average with
 _ALWAYS_FLOAT32 = "balancing_biases"  # steps of the balancer are far below bfloat16's resolution
+_QUANTISED = (".packed", ".scales")
 
 _LEGACY_NAME = re.compile(r"\.zaya_block\.|\.self_attn\.qkv\.|\.input_norm\.|\.?res_scale\.|^model\.final_norm\.")
 _NATIVE_NAME = re.compile(
@@ -160,6 +162,8 @@ def expected_tensors(config: ZayaConfig) -> dict[str, tuple[tuple[int, ...], Dty
 
 def dtype_policy(native_name: str) -> DtypePolicy:
     """How the tensor of this native name is cast when a model is loaded in another dtype."""
+    if native_name.endswith(_QUANTISED):
+        return "stored"
     return "float32" if native_name.endswith(_ALWAYS_FLOAT32) else "weight"
 
 

@@ -27,6 +27,8 @@ class Inspection:
     """Stored type -> number of tensors."""
     has_tokenizer: bool
     has_chat_template: bool
+    quantisation: dict[str, Any] | None = None
+    """Of a quantised checkpoint: its scheme, the format of each kind of matrix, bits a weight and bytes a format."""
     groups: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -73,6 +75,12 @@ class Inspection:
             name for name, there in (("tokenizer", self.has_tokenizer), ("template", self.has_chat_template)) if there
         ]
         lines.append(f"  beside it   {', '.join(found) or 'no tokenizer'}")
+        if self.quantisation is not None:
+            formats = [
+                f"{name} {entry['bytes'] / 1e9:.3f} GB, {entry['bits_per_weight']:.2f} bits a weight"
+                for name, entry in self.quantisation["formats"].items()
+            ]
+            lines.append(f"  quantised   {self.quantisation['scheme']} ({'; '.join(formats)})")
         if self.groups:
             lines.append(f"  groups      {', '.join(self.groups)}")
         if self.ignored:

@@ -19,8 +19,10 @@ from openzaya.model import hf_files
 from openzaya.model.config import ZayaConfig
 from openzaya.model.hf_config import Layout, layout_of_config, read_config
 from openzaya.model.hf_files import StoredTensor
-from openzaya.model.hf_names import is_ignorable, layout_of_names, tensor_table
+from openzaya.model.hf_names import dtype_policy, is_ignorable, layout_of_names, tensor_table
+from openzaya.model.hf_quantised import check_stored_types, read_scheme
 from openzaya.model.hf_report import collapse_names, describe_problems
+from openzaya.model.quantised import QuantScheme, prepare_quantised
 
 if TYPE_CHECKING:
     from openzaya.model.transformer import Zaya
@@ -39,6 +41,8 @@ class Survey:
     raw_config: dict[str, Any] = field(default_factory=dict)
     layout: Layout | None = None
     config: ZayaConfig | None = None
+    scheme: QuantScheme | None = None
+    """How the matrices are quantised ("openzaya" layout only)."""
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     sources: dict[str, tuple[StoredTensor, ...]] = field(default_factory=dict)
     """Native name -> the stored tensors whose concatenation it is."""
@@ -65,8 +69,9 @@ class Survey:
 
     @property
     def main_dtype(self) -> str:
-        """Stored type of most weight bytes."""
-        return hf_files.main_dtype([stored for parts in self.sources.values() for stored in parts])
+        """Stored type of most weight bytes, quantised matrices not counted."""
+        counted = [parts for name, parts in self.sources.items() if dtype_policy(name) != "stored"]
+        return hf_files.main_dtype([stored for parts in counted for stored in parts])
 
 
 def torch_dtype_name(stored: str) -> str:
@@ -75,11 +80,15 @@ def torch_dtype_name(stored: str) -> str:
     return str(dtype).removeprefix("torch.") if dtype is not None else stored.lower()
 
 
-def empty_model(config: ZayaConfig) -> Zaya:
+def empty_model(config: ZayaConfig, scheme: QuantScheme | None = None) -> Zaya:
+    """The model without its weights (device "meta"), with quantised matrices where ``scheme`` has them."""
     from openzaya.model.transformer import Zaya
 
     with torch.device("meta"):
-        return Zaya(config)
+        model = Zaya(config)
+        if scheme is not None:
+            prepare_quantised(model, scheme)
+        return model
 
 
 def survey_checkpoint(directory: Path) -> Survey:
@@ -93,6 +102,8 @@ def survey_checkpoint(directory: Path) -> Survey:
         survey.raw_config = hf_files.read_json(directory / "config.json")
         survey.layout = layout_of_config(survey.raw_config)
         survey.config = read_config(survey.raw_config, survey.layout)
+        if survey.layout == "openzaya":
+            survey.scheme = read_scheme(survey.raw_config)
     except CheckpointError as error:
         survey.problems.append(str(error))
     file_problems: list[str] = []
@@ -115,7 +126,9 @@ def _match_tensors(survey: Survey, config: ZayaConfig, layout: Layout, *, files_
     expected: list[tuple[str, tuple[str, ...], tuple[int, ...], tuple[int, ...]]]
     if layout == "openzaya":
         _take_groups(survey, remaining)
-        shapes = {name: tuple(meta.shape) for name, meta in empty_model(config).state_dict().items()}
+        state = empty_model(config, survey.scheme).state_dict()
+        shapes = {name: tuple(meta.shape) for name, meta in state.items()}
+        survey.problems += check_stored_types(state, survey.tensors)
         expected = [(name, (name,), shape, shape) for name, shape in shapes.items()]
     else:
         expected = [
@@ -135,7 +148,7 @@ def _match_tensors(survey: Survey, config: ZayaConfig, layout: Layout, *, files_
                 continue
             if stored.shape != shape:
                 survey.wrong_shape[name] = f"{list(stored.shape)}, config.json asks for {list(shape)}"
-            if stored.dtype not in hf_files.WEIGHT_DTYPES:
+            if stored.dtype not in hf_files.WEIGHT_DTYPES and dtype_policy(native) != "stored":
                 wrong_dtypes.setdefault(stored.dtype, []).append(name)
             found.append(stored)
         survey.sources[native] = tuple(found)

@@ -17,9 +17,10 @@ from openzaya.model import hf_files
 from openzaya.model.config import ZayaConfig
 from openzaya.model.hf_config import LAYOUTS, Layout
 from openzaya.model.hf_files import StoredTensor, TensorToWrite, file_chunks, tensor_chunks
-from openzaya.model.hf_names import tensor_table
+from openzaya.model.hf_names import dtype_policy, tensor_table
 from openzaya.model.hf_report import collapse_names
 from openzaya.model.hf_survey import empty_model
+from openzaya.model.quantised import QuantScheme
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
@@ -34,13 +35,17 @@ def check_layout(layout: str, max_shard_bytes: int) -> None:
         raise CheckpointError(f"layout='{layout}', expected one of {', '.join(LAYOUTS)}")
 
 
-def check_state(config: ZayaConfig, state: Mapping[str, torch.Tensor]) -> None:
+def check_state(config: ZayaConfig, state: Mapping[str, torch.Tensor], scheme: QuantScheme | None = None) -> None:
     """Refuse a state dict that is not one of ``config`` with stored values."""
-    expected = {name: tuple(meta.shape) for name, meta in empty_model(config).state_dict().items()}
+    empty = empty_model(config, scheme).state_dict()
+    expected = {name: tuple(meta.shape) for name, meta in empty.items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     wrong += sorted(
-        name for name, tensor in state.items() if hf_files.DTYPE_NAMES.get(tensor.dtype) not in hf_files.WEIGHT_DTYPES
+        name
+        for name, tensor in state.items()
+        if hf_files.DTYPE_NAMES.get(tensor.dtype) not in hf_files.WEIGHT_DTYPES
+        and not (dtype_policy(name) == "stored" and name in empty and tensor.dtype == empty[name].dtype)
     )
     wrong += sorted(name for name, tensor in state.items() if tensor.device.type == "meta")
     if wrong:
@@ -60,8 +65,8 @@ class Target:
 
 
 def targets(config: ZayaConfig, shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> list[Target]:
-    """Every tensor of a checkpoint in file order; ``shapes`` are those of the native tensors."""
-    table = tensor_table(config) if config.is_released_architecture else []
+    """Every tensor of ``shapes`` (native name -> shape) in the file order of a layout."""
+    table = [spec for spec in tensor_table(config) if spec.native in shapes] if config.is_released_architecture else []
     if layout == "legacy":
         return [Target(spec.native, spec.legacy, spec.legacy_shape) for spec in table]
     names = [spec.native for spec in table] or sorted(shapes)

@@ -9,12 +9,16 @@ a packed forward equals the separate forwards (tests/model/test_packing.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from openzaya.errors import DataError
 from openzaya.model.cache import DecodeCache
+
+if TYPE_CHECKING:
+    from openzaya.model.paged import PagedCache
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class TokenLayout:
     """int64 index of each token inside its document."""
     is_token_BT: Tensor | None
     """bool, False at left padding; None where there is none."""
-    cache: DecodeCache | None
+    cache: DecodeCache | PagedCache | None
 
     @property
     def is_token_N(self) -> Tensor | None:

@@ -25,6 +25,8 @@ from openzaya.model.config import ZayaConfig
 from openzaya.model.experts import Experts
 from openzaya.model.layers import RESIDUALS, Linear, RMSNorm, at_least_float, embed, rotary_tables
 from openzaya.model.layout import TokenLayout, make_layout
+from openzaya.model.paged import PagedLayer
+from openzaya.model.quantised import QuantisedMatrix, QuantScheme, prepare_quantised
 from openzaya.model.router import ROUTERS, Route, Router
 
 
@@ -70,7 +72,7 @@ class Block(nn.Module):
         router_state_NR: Tensor | None,
         layout: TokenLayout,
         rotary: tuple[Tensor, Tensor],
-        cache: LayerCache | None,
+        cache: LayerCache | PagedLayer | None,
         forced_N: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Route]:
         attended_ND = self.self_attn(self.input_layernorm(x_ND), layout, rotary, cache)
@@ -108,6 +110,10 @@ class Zaya(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
+        self.quantisation: QuantScheme | None = None
+        """Set by ``quantise_model``: which matrices are quantised, and how."""
+        self.lm_head: QuantisedMatrix | None = None
+        """The head where it is quantised; the embedding stays in float."""
         self.initialize(seed)
 
     @torch.no_grad()
@@ -138,13 +144,15 @@ class Zaya(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The LM head (V, D): the embedding itself."""
+        """The LM head (V, D) in float: the embedding itself; :meth:`logits` also knows quantised heads."""
         return self.model.embed_tokens.weight
 
     def with_config(self, config: ZayaConfig) -> Zaya:
         """This model under a configuration of the same shapes (another RoPE base, say); weights are shared."""
         with torch.device("meta"):
             other = Zaya(config)
+            if self.quantisation is not None:
+                prepare_quantised(other, self.quantisation)
         other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         return other
 
@@ -185,7 +193,13 @@ class Zaya(nn.Module):
         )
         if last_only:
             hidden_BTD = hidden_BTD[:, -1:]
-        return F.linear(at_least_float(hidden_BTD), at_least_float(self.head_weight))
+        return self.logits(hidden_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: logits (..., V) in fp32 of normed hidden states (..., D)."""
+        if self.lm_head is not None:
+            return at_least_float(self.lm_head(at_least_float(hidden)))
+        return F.linear(at_least_float(hidden), at_least_float(self.head_weight))
 
     def hidden_states(
         self,
@@ -218,8 +232,23 @@ class Zaya(nn.Module):
         )
         if cache is not None:
             cache.begin(layout)
+        forced_NL = None if forced_experts is None else forced_experts.flatten(0, 1)
+        hidden_ND = self.run(tokens.reshape(-1), layout, forced_NL=forced_NL, record=record)
+        if cache is not None:
+            cache.advance(layout.row_length)
+        return hidden_ND.view(*tokens.shape, -1)
+
+    def run(
+        self,
+        tokens_N: Tensor,
+        layout: TokenLayout,
+        *,
+        forced_NL: Tensor | None = None,
+        record: ForwardRecord | None = None,
+    ) -> Tensor:
+        """The normed hidden states (N, D) of tokens that stand as ``layout`` says; nothing is checked."""
         rotary = self._rotary_tables(layout)
-        embedded_ND = embed(tokens.reshape(-1), self.model.embed_tokens.weight)
+        embedded_ND = embed(tokens_N, self.model.embed_tokens.weight)
         x_ND = (at_least_float(embedded_ND) + self.model.input_hidden_states_bias) * (
             self.model.input_hidden_states_scale
         )
@@ -230,16 +259,14 @@ class Zaya(nn.Module):
                 router_state_NR,
                 layout,
                 rotary[self.config.layer_types[index]],
-                None if cache is None else cache.layers[index],
-                None if forced_experts is None else forced_experts[:, :, index].reshape(-1),
+                None if layout.cache is None else layout.cache.layers[index],
+                None if forced_NL is None else forced_NL[:, index],
             )
             if record is not None:
                 record.routes.append(route)
                 if record.measure_residual:
                     record.residual_rms.append(torch.linalg.vector_norm(x_ND.detach()) / x_ND.numel() ** 0.5)
-        if cache is not None:
-            cache.advance(layout.row_length)
-        return self.model.norm(x_ND).view(*tokens.shape, -1)
+        return self.model.norm(x_ND)
 
     def _rotary_tables(self, layout: TokenLayout) -> dict[str, tuple[Tensor, Tensor]]:
         bases = {"hybrid": self.config.rope_theta, "hybrid_sliding": self.config.rope_theta_sliding}

@@ -239,6 +239,11 @@ def _starting_model(choice: ModelChoice, stages: Path) -> Zaya:
     if choice.start_from is None:
         return Zaya(preset(choice.preset).with_changes(**choice.changes), seed=choice.seed)
     model = hf.load(stage_path(choice.start_from, stages, "model"), dtype="float32")
+    if model.quantisation is not None:
+        raise ConfigError(
+            f"model.start_from={choice.start_from} is quantised ({model.quantisation}), and integers cannot be "
+            "trained; start from the original weights"
+        )
     changed = model.config.with_changes(**choice.changes)
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in Zaya(changed).state_dict().items()}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from openzaya.errors import DataError
-from openzaya.infer import generate as generate_module
-from openzaya.infer.generate import Completion, generate, pad_left, stream
+from openzaya.infer import loop as loop_module
+from openzaya.infer.generate import Completion, generate, stream
 from openzaya.infer.sampling import SamplingParams, draw, uniforms
 from openzaya.model.transformer import Zaya
 from tests.model.reference import TINY, perturb
@@ -74,17 +74,23 @@ def test_the_batch_does_not_show_in_the_tokens(model: Zaya, max_rows: int) -> No
     assert generate(model, asked, params, num_samples=3, max_rows=max_rows) == whole
 
 
-def test_no_more_rows_are_decoded_together_than_asked(model: Zaya, monkeypatch) -> None:
+@pytest.fixture
+def widths(monkeypatch) -> list[int]:
+    """How many rows got a token, step by step."""
     seen: list[int] = []
-    plain = generate_module._generate_batch
+    plain = loop_module.choose
 
-    def recording(model, prompts, params, num_samples, seeds):
-        seen.append(len(seeds))
-        return plain(model, prompts, params, num_samples, seeds)
+    def recording(logits_BV, states):
+        seen.append(len(states))
+        return plain(logits_BV, states)
 
-    monkeypatch.setattr(generate_module, "_generate_batch", recording)
+    monkeypatch.setattr(loop_module, "choose", recording)
+    return seen
+
+
+def test_no_more_rows_are_decoded_together_than_asked(model: Zaya, widths: list[int]) -> None:
     found = generate(model, prompts(3), SamplingParams(max_new_tokens=2), num_samples=10, max_rows=4)
-    assert max(seen) <= 4 and sum(seen) == 30
+    assert max(widths) == 4 and sum(widths) >= 30
     assert [len(row) for row in found] == [10, 10, 10]
 
 
@@ -128,25 +134,13 @@ def test_the_end_of_a_text_stops_its_row_alone(model: Zaya) -> None:
     assert len({len(completion.tokens) for completion in stopped}) > 3
 
 
-def test_rows_that_are_done_leave_the_batch_without_a_trace(model: Zaya, monkeypatch) -> None:
-    asked, params = prompts(5), SamplingParams(temperature=1.5, top_p=1.0, max_new_tokens=40)
-    widths: list[int] = []
-    plain = Zaya.forward
-
-    def recording(self, tokens, **arguments):
-        widths.append(tokens.shape[0])
-        return plain(self, tokens, **arguments)
-
-    monkeypatch.setattr(Zaya, "forward", recording)
-    results = []
-    for share in (0.0, 0.75, 1.0):
-        widths.clear()
-        monkeypatch.setattr(generate_module, "COMPACT_BELOW", share)
-        results.append(generate(model, asked, params, num_samples=8))
-        decoded = widths[1:]
-        assert decoded == sorted(decoded, reverse=True)
-        assert (len(set(decoded)) > 1) == (share > 0), "compaction did not happen as set"
-    assert results[0] == results[1] == results[2]
+def test_rows_that_are_done_leave_the_batch(model: Zaya, widths: list[int]) -> None:
+    params = SamplingParams(temperature=1.5, top_p=1.0, max_new_tokens=40)
+    found = [completion for row in generate(model, prompts(5), params, num_samples=8) for completion in row]
+    assert widths[0] == 40 and widths == sorted(widths, reverse=True)
+    # One number a token, and one for the token that ends a text.
+    assert sum(widths) == sum(len(row.tokens) + (row.finish_reason == "stop") for row in found)
+    assert len(set(widths)) > 5
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 9])
@@ -192,7 +186,7 @@ def test_progress_counts_prompts_and_tokens(model: Zaya) -> None:
     found = generate(
         model, prompts(7), params, num_samples=2, max_rows=4, progress=lambda done, tokens: calls.append((done, tokens))
     )
-    assert [done for done, _ in calls] == [2, 4, 6, 7]
+    assert [done for done, _ in calls] == list(range(1, 8))
     assert calls[-1][1] == sum(len(completion.tokens) for row in found for completion in row)
 
 
@@ -204,9 +198,3 @@ def test_bfloat16_generates_and_repeats_itself(model: Zaya) -> None:
     found = generate(rounded, asked, SamplingParams(**GREEDY, max_new_tokens=4))
     assert all(len(row[0].tokens) == 4 or row[0].finish_reason == "stop" for row in found)
     assert generate(rounded, asked, SamplingParams(**GREEDY, max_new_tokens=4)) == found
-
-
-def test_padding_is_on_the_left_and_masked() -> None:
-    tokens, mask = pad_left([[7], [8, 9, 10]], 0, torch.device("cpu"))
-    assert tokens.tolist() == [[0, 0, 7], [8, 9, 10]]
-    assert mask.tolist() == [[False, False, True], [True, True, True]]

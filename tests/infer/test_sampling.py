@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from openzaya.infer.sampling import SamplingParams, draw, probabilities, uniforms
+from openzaya.infer import sampling
+from openzaya.infer.sampling import (
+    SORTED_AT_ONCE,
+    SamplingParams,
+    UniformStream,
+    draw,
+    probabilities,
+    uniforms,
+)
 
 
 def plain_probabilities(logits: list[float], params: SamplingParams) -> list[float]:
@@ -116,8 +124,8 @@ def test_draws_follow_the_distribution(setting: dict) -> None:
     params = SamplingParams(**setting)
     logits = 0.5 * distinct_logits(1, 12, 1)
     shares = torch.tensor(plain_probabilities(logits[0].tolist(), params))
-    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(11))
-    counts = torch.bincount(draw(logits.expand(20_000, -1), params, uniform), minlength=12)
+    uniform = torch.rand(6_000, generator=torch.Generator().manual_seed(11))
+    counts = torch.bincount(draw(logits.expand(6_000, -1), params, uniform), minlength=12)
     assert not counts[shares == 0].any()
     statistic, freedom = chi_square(counts, shares)
     assert statistic < chi_square_limit(freedom)
@@ -150,6 +158,84 @@ def test_uniform_numbers_belong_to_the_seed_and_the_step_alone() -> None:
     assert torch.equal(uniforms([6, 5], 9), longest[[1, 0], :9])
 
 
+def test_numbers_made_as_asked_for_are_the_same_for_any_seed() -> None:
+    for seed in (0, 7, -1, -(2**80), 2**63, 2**64 - 1, 2**200 + 3):
+        stream, wanted = UniformStream(seed), uniforms([seed], 400)[0].tolist()
+        assert [stream[step] for step in (399, 0, 130, 15)] == [wanted[step] for step in (399, 0, 130, 15)]
+    assert UniformStream(2**32)[0] == UniformStream(0)[0] != UniformStream(-1)[0]
+
+
+def shaped_logits(shape: str, vocab: int, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(vocab, generator=generator)
+    if shape == "peaked":
+        return 1.5 * noise - 2 * torch.arange(1, vocab + 1).log()[torch.randperm(vocab, generator=generator)]
+    return {
+        "flat": noise,
+        "equal": 0 * noise,
+        "ties": (3 * noise).round(),
+        "masked": noise.where(noise > 2, -math.inf),
+    }[shape]
+
+
+@pytest.mark.parametrize("shape", ["peaked", "flat", "equal", "ties", "masked"])
+@pytest.mark.parametrize("vocab", [50, SORTED_AT_ONCE - 1, 3 * SORTED_AT_ONCE])
+def test_the_fast_draw_keeps_the_tokens_that_the_plain_form_keeps(shape: str, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = shaped_logits(shape, vocab, generator)[None]
+    filters = [
+        *({"top_p": top_p} for top_p in (0.02, 0.5, 0.95, 0.9999)),
+        {"top_p": 0.9, "top_k": 9},
+        {"top_p": 0.9, "top_k": vocab - 3, "temperature": 3.0},
+        {"top_p": 1, "top_k": vocab // 2},
+        {"top_p": 0.8, "top_k": vocab // 3, "min_p": 0.3},
+        {"top_p": 1, "min_p": 0.05},
+        {"top_p": 1},
+        {"temperature": 0},
+    ]
+    for setting in filters:
+        params = SamplingParams(**setting)
+        plain = probabilities(logits, params)
+        kept = plain[0] > 0
+        uniform = torch.rand(20, generator=generator)
+        ends = torch.tensor([0.0, 1 - 2**-24])
+        drawn = draw(logits.expand(22, -1), params, torch.cat([uniform, ends]))
+        assert bool(kept[drawn].all()), setting
+        # The first and the last token that can be drawn are those of the plain form: none is missing at the borders.
+        # (With 1e-7 of the mass a token is not reached by a 24-bit number.)
+        possible = kept.nonzero()[:, 0]
+        reachable = possible[plain[0, possible] > 1e-6]
+        if len(reachable) and len(reachable) == len(possible):
+            assert [int(drawn[-2]), int(drawn[-1])] == [int(possible[0]), int(possible[-1])], setting
+        cumulative = plain[0].double().cumsum(0)
+        wanted = torch.searchsorted(cumulative, uniform.double() * cumulative[-1], right=True)
+        # Rounding of a share may move a number across a border between two tokens, no more.
+        places = torch.cumsum(kept, 0)
+        assert int((places[wanted] - places[drawn[:-2]]).abs().max()) <= 1, setting
+
+
+@pytest.mark.parametrize("shape", ["peaked", "flat", "equal", "ties", "masked"])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 0.999])
+def test_the_nucleus_is_the_plain_forms(shape: str, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for vocab in (7, 3 * SORTED_AT_ONCE):
+        logits = shaped_logits(shape, vocab, generator)
+        if not bool(logits.isfinite().any()):
+            continue
+        kept = probabilities(logits[None], SamplingParams(top_p=top_p))[0].nonzero()[:, 0]
+        assert sampling._nucleus(logits.softmax(0).numpy(), top_p).nonzero()[0].tolist() == kept.tolist()
+
+
+def test_rows_with_settings_of_their_own_are_as_if_alone() -> None:
+    logits = distinct_logits(len(SETTINGS), 12, 8)
+    rows = [SamplingParams(**setting) for setting in SETTINGS]
+    together = probabilities(logits, rows)
+    uniform = torch.rand(len(rows), generator=torch.Generator().manual_seed(0))
+    drawn = draw(logits, rows, uniform)
+    for row, params in enumerate(rows):
+        assert torch.equal(together[row], probabilities(logits[row : row + 1], params)[0])
+        assert drawn[row] == draw(logits[row : row + 1], params, uniform[row : row + 1])[0]
+
+
 def test_greedy_is_the_maximum_whatever_else_is_set() -> None:
     logits = distinct_logits(5, 30, 2)
     params = SamplingParams(temperature=0, top_p=0.1, top_k=2, min_p=0.9)
@@ -177,8 +263,26 @@ def test_extreme_logits_do_not_break_the_draw() -> None:
         {"temperature": -1},
         {"max_new_tokens": 0},
         {"topp": 1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": math.nan},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"logit_bias": {1: 101}},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": {token: 0.0 for token in range(2000)}},
+        {"stop": ("",)},
+        {"stop": ("a",) * 17},
+        {"stop": ("a" * 1001,)},
+        {"stop_token_ids": (-1,)},
+        {"min_new_tokens": -1},
+        {"min_new_tokens": 300},
+        {"logprobs": 21},
+        {"logprobs": -1},
+        {"thinking_budget": -1},
+        {"json_schema": False},
+        {"json_schema": True, "grammar": "start: /a/"},
     ],
-    ids=str,
+    ids=lambda setting: str(setting)[:40],
 )
 def test_settings_out_of_range_are_refused(setting: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(setting))):

@@ -38,7 +38,7 @@ def test_two_processes_compile_at_once(twins: tuple[list[Report], Path]) -> None
 @needs_compiler
 def test_every_kernel_was_called(twins: tuple[list[Report], Path]) -> None:
     """What follows from the processes' reports concerns all of the kernels."""
-    sources = "".join(path.read_text() for path in build.SOURCES.glob("*.[ch]pp"))
+    sources = "".join(path.read_text() for path in (build.SOURCES / "train").glob("*.hpp"))
     kernels = sorted(re.findall(r"^void (\w+)\(int threads,", sources, flags=re.MULTILINE))
     assert len(kernels) == 13
     assert twins[0][0]["called"] == kernels
@@ -87,23 +87,23 @@ def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]
 @needs_compiler
 def test_a_damaged_library_is_compiled_again(quick_compiler: list[str]) -> None:
     """Loading one that was cut would end the process with SIGBUS, and a wrong bit could compute anything."""
-    path = build._compiled(quick_compiler)
+    path = build._compiled("train", quick_compiler, ())
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for damaged in (whole[: len(whole) // 2], whole[:-1], b"", bytes(flipped)):
         path.write_bytes(damaged)
         assert not build._is_whole(path)
-        assert build._compiled(quick_compiler) == path and build._is_whole(path)
+        assert build._compiled("train", quick_compiler, ()) == path and build._is_whole(path)
     assert ctypes.CDLL(str(path)).linear_forward
 
 
 @needs_compiler
 def test_a_whole_library_is_not_compiled_again(quick_compiler: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    path = build._compiled(quick_compiler)
+    path = build._compiled("train", quick_compiler, ())
     written = path.stat().st_mtime_ns
     monkeypatch.setattr(build.tempfile, "TemporaryDirectory", None)
-    assert build._compiled(quick_compiler) == path and path.stat().st_mtime_ns == written
+    assert build._compiled("train", quick_compiler, ()) == path and path.stat().st_mtime_ns == written
 
 
 @needs_compiler
@@ -113,19 +113,21 @@ def test_every_source_is_part_of_the_name(
     copy = tmp_path / "cpp"
     shutil.copytree(build.SOURCES, copy)
     monkeypatch.setattr(build, "SOURCES", copy)
-    keys = {build._key(quick_compiler, ["-O3"])}
-    files = sorted(copy.iterdir())
-    assert len(files) >= 10
-    for file in files:
-        file.write_text(file.read_text() + "\n// changed\n")
-        keys.add(build._key(quick_compiler, ["-O3"]))
-    keys.add(build._key(quick_compiler, ["-O2"]))
-    assert len(keys) == len(files) + 2
+    for name in ("train", "cpu"):
+        keys = {build._key(name, quick_compiler, ["-O3"])}
+        files = [copy / f"{name}.cpp", *(copy / name).iterdir()]
+        assert len(files) >= 8
+        for file in files:
+            file.write_text(file.read_text() + "\n// changed\n")
+            keys.add(build._key(name, quick_compiler, ["-O3"]))
+        keys.add(build._key(name, quick_compiler, ["-O2"]))
+        assert len(keys) == len(files) + 2
 
 
 def test_headers_include_what_exists_and_all_travel_with_the_package() -> None:
-    sources = {path.name: path.read_text() for path in build.SOURCES.iterdir()}
-    included = {name for text in sources.values() for name in re.findall(r'#include "(.+)"', text)}
-    assert included | {"train.cpp"} == sources.keys()
+    for name in ("train", "cpu"):
+        paths = [build.SOURCES / f"{name}.cpp", *(build.SOURCES / name).glob("*.hpp")]
+        included = {Path(file).name for path in paths for file in re.findall(r'#include "(.+)"', path.read_text())}
+        assert included | {f"{name}.cpp"} == {path.name for path in paths}
     project = (build.SOURCES.parent.parent.parent / "pyproject.toml").read_text()
-    assert all(f'"**/*{suffix}"' in project for suffix in {Path(name).suffix for name in sources})
+    assert all(f'"**/*{suffix}"' in project for suffix in {path.suffix for path in build.SOURCES.rglob("*.?pp")})

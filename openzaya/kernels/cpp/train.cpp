@@ -4,10 +4,10 @@
 // which says what is computed. Tensors are row-major and dense unless a stride is passed; the first argument is the
 // number of threads; `room` is memory that the caller lends and whose contents mean nothing.
 
-#include "attention.hpp"
-#include "cca.hpp"
-#include "cca_backward.hpp"
-#include "experts.hpp"
-#include "head.hpp"
-#include "linear.hpp"
-#include "normalise.hpp"
+#include "train/attention.hpp"
+#include "train/cca.hpp"
+#include "train/cca_backward.hpp"
+#include "train/experts.hpp"
+#include "train/head.hpp"
+#include "train/linear.hpp"
+#include "train/normalise.hpp"

@@ -1,0 +1,126 @@
+"""Who holds which block: reference counts, and the prefix cache.
+
+A full block never changes again, so sequences that begin with the same tokens may share it. Each full block has a
+key, a hash of all tokens up to its end and of the weights' version; the cache maps keys to blocks. A block is
+
+    free       nobody's
+    held       by one or more sequences (its reference count)
+    cached     under its key, held or not; a cached block that nobody holds is given away when no free one is left,
+               least recently used first
+
+Pure bookkeeping: the memory itself is the runner's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from openzaya.infer.runner import BLOCK_TOKENS
+
+
+def root_key(version: int) -> bytes:
+    """The key before the first block of any sequence run with these weights."""
+    return hashlib.sha256(b"openzaya prefix %d" % version).digest()
+
+
+def next_key(key: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of the block of ``tokens`` that follows the block of ``key``."""
+    return hashlib.sha256(key + np.asarray(tokens, dtype=np.int64).tobytes()).digest()
+
+
+def num_blocks_for(num_tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-num_tokens // BLOCK_TOKENS)
+
+
+class BlockPool:
+    """``num_blocks`` blocks; every method leaves ``free + cached and unheld + held = num_blocks``."""
+
+    def __init__(self, num_blocks: int):
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._holders = [0] * num_blocks
+        self._key_of: dict[int, bytes] = {}
+        self._cached: dict[bytes, int] = {}
+        self._experts: dict[int, np.ndarray] = {}
+        self._unheld: OrderedDict[int, None] = OrderedDict()
+        """Cached blocks without holder, least recently used first."""
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated now, cached ones that nobody holds among them."""
+        return len(self._free) + len(self._unheld)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks in the prefix cache, held or not."""
+        return len(self._cached)
+
+    def allocate(self) -> int | None:
+        """A block with one holder, whatever its content; None where all are held."""
+        if self._free:
+            block = self._free.pop()
+        elif self._unheld:
+            block, _ = self._unheld.popitem(last=False)
+            self._forget(block)
+        else:
+            return None
+        self._holders[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One holder more, of a held or cached block."""
+        if self._holders[block] == 0:
+            if block not in self._unheld:
+                raise ValueError(f"block {block} is free and cannot be shared")
+            del self._unheld[block]
+        self._holders[block] += 1
+
+    def release(self, block: int) -> None:
+        """One holder less; the last one leaves a cached block to the cache."""
+        if self._holders[block] == 0:
+            raise ValueError(f"block {block} is held by nobody and cannot be released")
+        self._holders[block] -= 1
+        if self._holders[block] == 0:
+            if block in self._key_of:
+                self._unheld[block] = None
+            else:
+                self._free.append(block)
+
+    def holders(self, block: int) -> int:
+        return self._holders[block]
+
+    def is_held(self, block: int) -> bool:
+        return self._holders[block] > 0
+
+    def publish(self, block: int, key: bytes, experts: np.ndarray) -> None:
+        """Enter a full, held block into the cache with its tokens' classes, uint8 (BLOCK_TOKENS, L).
+
+        Where the key is known already, the other block stays and this one remains its holders' own.
+        """
+        if key in self._cached or block in self._key_of:
+            return
+        self._cached[key], self._key_of[block], self._experts[block] = block, key, experts
+
+    def find(self, key: bytes) -> int | None:
+        """The cached block of a key; not yet held for the caller: see :meth:`share`."""
+        return self._cached.get(key)
+
+    def experts(self, block: int) -> np.ndarray:
+        """What :meth:`publish` was told."""
+        return self._experts[block]
+
+    def clear_cache(self) -> None:
+        """Forget all keys: held blocks stay with their holders, the others become free."""
+        for block in list(self._key_of):
+            self._forget(block)
+        self._free += self._unheld
+        self._unheld.clear()
+
+    def _forget(self, block: int) -> None:
+        del self._cached[self._key_of.pop(block)]
+        del self._experts[block]

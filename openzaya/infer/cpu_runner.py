@@ -1,0 +1,187 @@
+"""The runner for CPUs: a whole step of the model is one call of C++ (openzaya/kernels/cpp/cpu.cpp).
+
+It computes what ``TorchRunner`` computes, several times faster: matrices are read where the model keeps them, quantised
+ones as integers, and what a decoding step does besides matrix products is fused. Every sum has one order, so a
+sequence's numbers do not depend on the batch, on how its prompt was cut into chunks, or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from openzaya.errors import EngineError
+from openzaya.infer import cpu_records as records
+from openzaya.infer.runner import BLOCK_TOKENS, CacheDtype, StepResult, StepSequence
+from openzaya.kernels import build
+from openzaya.kernels.host import zeros_in_large_pages
+from openzaya.model.config import ZayaConfig
+from openzaya.model.transformer import Zaya
+
+LANES = 16
+NOT_FORCED = 255
+
+
+class CpuRunner:
+    """Runs steps of a model on the CPU; see :class:`openzaya.infer.runner.Runner`.
+
+    Args:
+        model: on the CPU, of the released architecture; its matrices are used in place.
+        num_blocks, num_slots: memory for sequences.
+        cache_dtype: of keys and values.
+        num_threads: by default PyTorch's.
+
+    Raises:
+        EngineError: the kernels cannot run this model here; :meth:`supports` says why.
+    """
+
+    def __init__(
+        self,
+        model: Zaya,
+        num_blocks: int,
+        num_slots: int,
+        *,
+        cache_dtype: CacheDtype = "auto",
+        num_threads: int | None = None,
+    ):
+        reason = self.supports(model)
+        if reason is not None:
+            raise EngineError(f"the CPU kernels cannot run this model: {reason}; use backend='torch'")
+        library = build.inference().library
+        assert library is not None
+        self._step = library.cpu_step
+        self._step.restype = ctypes.c_int64
+        self.config: ZayaConfig = model.config
+        self.num_blocks, self.num_slots = num_blocks, num_slots
+        self.num_threads = num_threads or torch.get_num_threads()
+        dtype = model.dtype if cache_dtype == "auto" else getattr(torch, cache_dtype)
+        self._model = records.ModelRecord(model)
+        self._make_memory(dtype)
+        self._room = torch.empty(1 << 20, dtype=torch.uint8)
+
+    @staticmethod
+    def supports(model: Zaya) -> str | None:
+        """None if the kernels can run this model on this machine, else the reason why not."""
+        config = model.config
+        if not config.is_released_architecture:
+            return (
+                f"attention={config.attention}, router={config.router}, residual={config.residual} is an ablation "
+                "variant, and the kernels know the released architecture only"
+            )
+        if model.device.type != "cpu":
+            return f"it is on {model.device}"
+        if config.head_dim > 1024:
+            return f"head_dim={config.head_dim} is above 1024"
+
+        def check(name: str, parameter: Tensor) -> str | None:
+            if parameter.dtype not in records.FORMATS:
+                return f"{name} is {parameter.dtype}, and the kernels read float32 and bfloat16"
+            return None if parameter.is_contiguous() else f"{name} is not contiguous"
+
+        problem = records.each_matrix(model, check)
+        if problem is not None:
+            return problem
+        kernels = build.inference()
+        return None if kernels.library is not None else f"there are no kernels ({kernels.problem})"
+
+    def _make_memory(self, dtype: torch.dtype) -> None:
+        config = self.config
+        heads = (config.num_hidden_layers, self.num_blocks, config.num_key_value_heads)
+        width = -(-config.head_dim // LANES) * LANES
+        state = (config.cca_time0 + config.cca_time1 - 2) * config.conv_channels
+        state += config.num_key_value_heads * config.head_dim // 2
+        self.keys = zeros_in_large_pages(*heads, BLOCK_TOKENS * width, dtype=dtype)
+        self.values = zeros_in_large_pages(*heads, BLOCK_TOKENS * width, dtype=dtype)
+        scales = heads if dtype == torch.int8 else (0, 0, 0)
+        self.key_scales = torch.zeros(*scales, BLOCK_TOKENS)
+        self.value_scales = torch.zeros(*scales, BLOCK_TOKENS)
+        self.slots = torch.zeros(self.num_slots, config.num_hidden_layers, state)
+        self.snapshots = torch.zeros(self.num_blocks, config.num_hidden_layers, state)
+        self._memory = records.Memory(
+            self.keys.data_ptr(),
+            self.values.data_ptr(),
+            self.key_scales.data_ptr() if dtype == torch.int8 else None,
+            self.value_scales.data_ptr() if dtype == torch.int8 else None,
+            self.slots.data_ptr(),
+            self.snapshots.data_ptr(),
+            self.num_blocks,
+            self.num_slots,
+            records.CACHE_FORMATS[dtype],
+        )
+
+    def step(self, sequences: Sequence[StepSequence]) -> StepResult:
+        """See :meth:`openzaya.infer.runner.Runner.step`; raises :class:`EngineError` for blocks that do not suffice."""
+        config = self.config
+        tokens = torch.tensor([token for sequence in sequences for token in sequence.tokens], dtype=torch.int32)
+        tables = [torch.tensor(list(sequence.blocks), dtype=torch.int32) for sequence in sequences]
+        listed = (records.Sequence * len(sequences))()
+        first = rows = 0
+        for record, sequence, table in zip(listed, sequences, tables, strict=True):
+            count = len(sequence.tokens)
+            if count == 0 or len(table) * BLOCK_TOKENS < sequence.start + count:
+                raise EngineError(
+                    f"a sequence brings {count} tokens behind {sequence.start} and has {len(table)} blocks of "
+                    f"{BLOCK_TOKENS}; give at least one token, and blocks for all"
+                )
+            wanted = {"none": 0, "last": 1, "all": count}[sequence.logits]
+            record.first, record.count, record.start, record.slot = first, count, sequence.start, sequence.slot
+            record.blocks, record.logits_first, record.logits_count = table.data_ptr(), rows, wanted
+            first, rows = first + count, rows + wanted
+        forced = self._forced(sequences, len(tokens))
+        experts = torch.empty(len(tokens), config.num_hidden_layers, dtype=torch.uint8)
+        logits = torch.empty(rows, config.vocab_size)
+        work = records.Work(
+            len(tokens),
+            len(sequences),
+            rows,
+            tokens.data_ptr(),
+            ctypes.addressof(listed),
+            None if forced is None else forced.data_ptr(),
+            experts.data_ptr(),
+            logits.data_ptr(),
+            self._room.data_ptr(),
+            self._room.nbytes,
+        )
+        needed = self._call(work)
+        if needed:
+            self._room = torch.empty(needed, dtype=torch.uint8)
+            work.room, work.room_bytes = self._room.data_ptr(), needed
+            self._call(work)
+        return StepResult(logits, experts)
+
+    def _call(self, work: records.Work) -> int:
+        model, memory = self._model.record, self._memory
+        return int(self._step(self.num_threads, ctypes.byref(model), ctypes.byref(memory), ctypes.byref(work)))
+
+    def _forced(self, sequences: Sequence[StepSequence], num_tokens: int) -> Tensor | None:
+        if all(sequence.forced_experts is None for sequence in sequences):
+            return None
+        forced = torch.full((num_tokens, self.config.num_hidden_layers), NOT_FORCED, dtype=torch.uint8)
+        first = 0
+        for sequence in sequences:
+            if sequence.forced_experts is not None:
+                forced[first : first + len(sequence.tokens)] = sequence.forced_experts
+            first += len(sequence.tokens)
+        return forced
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block's keys, values and snapshot."""
+        for store in (self.keys, self.values, self.key_scales, self.value_scales):
+            if store.numel():
+                store[:, target] = store[:, source]
+        self.snapshots[target] = self.snapshots[source]
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy a sequence's CCA state."""
+        self.slots[target] = self.slots[source]
+
+    def restore_slot(self, block: int, slot: int) -> None:
+        """Set a slot to the snapshot at the end of a full block."""
+        self.slots[slot] = self.snapshots[block]
+
+    def refresh(self) -> None:
+        """Renew the copies of vectors, and the addresses, after a change of the weights."""
+        self._model.refresh()

@@ -1,0 +1,147 @@
+"""A request and its candidates while the engine works on them.
+
+A *candidate* is one answer in the making: its text so far, what of it has been run, and where its state lies. All
+candidates of a request begin with the same prompt; those that have not begun yet follow a leader, which is prefilled
+for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from openzaya.errors import EngineError
+from openzaya.infer.blocks import next_key, root_key
+from openzaya.infer.choosing import Progress, SequenceState
+from openzaya.infer.outputs import Completion, Delta, FinishReason, RequestOutput, TokenLogprob
+from openzaya.infer.runner import BLOCK_TOKENS
+from openzaya.infer.sampling import SamplingParams
+
+OnDelta = Callable[[Delta], None]
+OnEnd = Callable[[RequestOutput | EngineError], None]
+
+
+class Request:
+    """One prompt with ``len(states)`` candidates; ``on_end`` is called once, after the last delta."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        states: Sequence[SequenceState],
+        on_delta: OnDelta | None,
+        on_end: OnEnd | None,
+        prompt_experts: Tensor | None = None,
+    ):
+        self.id, self.prompt, self.params = request_id, list(prompt), params
+        self.on_delta, self.on_end = on_delta, on_end
+        self.prompt_experts = prompt_experts
+        """uint8 (P, L) to be taken instead of the router's choices; such blocks must not be shared."""
+        self.candidates = [Candidate(self, index, state) for index, state in enumerate(states)]
+        self.num_cached_tokens: int | None = None
+        """Prompt tokens found in the prefix cache when the first candidate began; None before."""
+        self.is_ended = False
+
+    def output(self) -> RequestOutput:
+        """All candidates as they are."""
+        completions = [candidate.completion for candidate in self.candidates]
+        return RequestOutput(self.prompt, completions, self.num_cached_tokens or 0)
+
+
+class Candidate:
+    """One candidate; ``tokens`` are prompt and completion, of which the first ``num_run`` have been run."""
+
+    def __init__(self, request: Request, index: int, state: SequenceState):
+        self.request, self.state = request, state
+        self.tokens = list(request.prompt)
+        self.completion = Completion(index, logprobs=None if request.params.logprobs is None else [])
+        self.followers: list[Candidate] = []
+        """Candidates that begin when this one's prompt has been run."""
+        self.num_run = 0
+        self.slot: int | None = None
+        self.blocks: list[int] = []
+        self.version = -1
+        """The weights' version that all of its blocks were run with since it was admitted."""
+        self._keys: list[bytes] = []
+        self._pieces: list[str] = []
+        self._experts = np.empty((0, 0), dtype=np.uint8)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that have to be run before the next one can be chosen; 1 while decoding."""
+        return len(self.tokens) - self.num_run
+
+    @property
+    def is_done(self) -> bool:
+        return self.completion.finish_reason is not None
+
+    def begin(self, version: int) -> None:
+        """Start over with weights of this version; keys of full blocks are kept where they still hold."""
+        if version != self.version:
+            self.version, self._keys = version, []
+        self.num_run, self.blocks = 0, []
+
+    def key(self, block: int) -> bytes:
+        """The prefix cache's key of the full block with this index."""
+        while len(self._keys) <= block:
+            start = len(self._keys) * BLOCK_TOKENS
+            before = self._keys[-1] if self._keys else root_key(self.version)
+            self._keys.append(next_key(before, self.tokens[start : start + BLOCK_TOKENS]))
+        return self._keys[block]
+
+    def record_experts(self, start: int, experts_NL: np.ndarray) -> None:
+        """Remember the classes of tokens ``start``, ``start + 1``, ..."""
+        end = start + len(experts_NL)
+        if end > len(self._experts):
+            grown = np.empty((max(end, 2 * len(self._experts), 2 * BLOCK_TOKENS), experts_NL.shape[1]), dtype=np.uint8)
+            if start:
+                grown[:start] = self._experts[:start]
+            self._experts = grown
+        self._experts[start:end] = experts_NL
+
+    def experts(self, start: int, end: int) -> np.ndarray:
+        """A copy of the recorded classes, uint8 (end - start, L)."""
+        return self._experts[start:end].copy()
+
+    def become_fork_of(self, leader: Candidate) -> None:
+        """Everything but blocks and slot as in the leader, whose prompt has just been run."""
+        self.num_run, self.version, self._keys = leader.num_run, leader.version, list(leader._keys)
+        if leader.num_run:
+            self.record_experts(0, leader.experts(0, leader.num_run))
+
+    def accept(self, chosen: TokenLogprob, version: int) -> Delta:
+        """Take a sampled token; the delta says whether it was the last."""
+        progress = self.state.accept(chosen)
+        if progress.kept:
+            self.tokens.append(chosen.token)
+            self.completion.tokens.append(chosen.token)
+            self.completion.versions.append(version)
+            if self.completion.logprobs is not None:
+                self.completion.logprobs.append(chosen)
+        return self._delta(progress, [chosen] if progress.kept else [], version)
+
+    def end(self, reason: FinishReason) -> Delta:
+        """End it from outside."""
+        return self._delta(Progress(self.state.flush(), reason, None, False), [], 0)
+
+    def _delta(self, progress: Progress, kept: list[TokenLogprob], version: int) -> Delta:
+        self._pieces.append(progress.text)
+        completion = self.completion
+        if progress.finish_reason is not None:
+            completion.finish_reason, completion.stop = progress.finish_reason, progress.stop
+            completion.text = "".join(self._pieces)
+            if self.request.params.return_experts:
+                completion.experts = self.experts(0, self.num_run)
+        return Delta(
+            completion.index,
+            [chosen.token for chosen in kept],
+            progress.text,
+            logprobs=None if completion.logprobs is None else kept,
+            finish_reason=progress.finish_reason,
+            num_cached_tokens=self.request.num_cached_tokens or 0,
+            versions=[version] * len(kept),
+            completion=completion if progress.finish_reason is not None else None,
+        )

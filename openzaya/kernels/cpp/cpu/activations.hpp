@@ -1,0 +1,77 @@
+// The left operands of matrix products, in the form that each weight format asks for.
+#pragma once
+
+#include <cmath>
+
+#include "lanes.hpp"
+#include "model.hpp"
+
+namespace oz {
+
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Rows of one width; only the wanted forms exist. Rows are `padded` apart and zero behind `columns`.
+struct Activations {
+    int64_t columns, padded;
+    float* floats;
+    bf16* shorts;
+    int8_t* bytes;      // with a scale and a sum for each group of 64 columns
+    float* scales;
+    int32_t* sums;
+
+    int64_t groups() const { return padded / GROUP; }
+
+    // The rows from `first` on.
+    Activations from(int64_t first) const {
+        Activations rest = *this;
+        if (floats) rest.floats += first * padded;
+        if (shorts) rest.shorts += first * padded;
+        if (bytes) rest.bytes += first * padded, rest.scales += first * groups(), rest.sums += first * groups();
+        return rest;
+    }
+
+    void put(int64_t row, const float* x) const {
+        if (floats) {
+            float* to = floats + row * padded;
+            if (to != x) std::memcpy(to, x, size_t(columns) * 4);
+            for (int64_t i = columns; i < padded; i++) to[i] = 0;
+        }
+        if (shorts) {
+            bf16* to = shorts + row * padded;
+            for (int64_t i = 0; i < columns; i++) to[i] = to_bf16(x[i]);
+            for (int64_t i = columns; i < padded; i++) to[i] = 0;
+        }
+        if (bytes) {
+            for (int64_t g = 0; g < groups(); g++) {
+                int64_t count = columns - g * GROUP < GROUP ? columns - g * GROUP : GROUP;
+                quantise(x + g * GROUP, count, GROUP, bytes + row * padded + g * GROUP, scales + row * groups() + g,
+                         sums + row * groups() + g);
+            }
+        }
+    }
+
+    // Symmetric: 127 stands for the largest magnitude. `size` bytes are written, zero behind `count`.
+    static void quantise(const float* x, int64_t count, int64_t size, int8_t* q, float* scale, int32_t* sum) {
+        float largest = 0;
+        int64_t at = 0;
+        if (count >= LANES) {
+            Floats most = all(0);
+            for (; at + LANES <= count; at += LANES) most = larger(most, larger(load(x + at), load(x + at) * all(-1)));
+            largest = oz::largest(most);
+        }
+        for (; at < count; at++) largest = std::fabs(x[at]) > largest ? std::fabs(x[at]) : largest;
+        // Of numbers too small for their reciprocal nothing is left.
+        const float inverse = largest >= 1e-30f ? 127.0f / largest : 0.0f;
+        int32_t total = 0;
+        for (int64_t i = 0; i < count; i++) {
+            int32_t value = int32_t(__builtin_rintf(x[i] * inverse));
+            q[i] = int8_t(value);
+            total += value;
+        }
+        for (int64_t i = count; i < size; i++) q[i] = 0;
+        *scale = inverse == 0.0f ? 0.0f : largest / 127.0f;
+        *sum = total;
+    }
+};
+
+}  // namespace oz

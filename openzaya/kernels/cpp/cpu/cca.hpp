@@ -1,0 +1,231 @@
+// Compressed Convolutional Attention of a step (arXiv 2510.04476), phase by phase; openzaya/model/cca.py says what it is.
+//
+//     z = [q, k];  y = depthwise(z);  c = grouped(y);  Q, K = RoPE(norm(c + mean of q and k));  V = [now, one token late]
+//
+// The depthwise bias is left out of y and has its part in the grouped constant, so zeros are the start of a sequence.
+#pragma once
+
+#include "context.hpp"
+
+namespace oz {
+
+inline void project(const Context& s, const Team& team, const Layer& layer) {
+    const int64_t c = s.channels(), late = s.late_size();
+    const Product products[] = {
+        {&layer.query, 0, s.b.normed, s.every_token(), {s.b.z, c}},
+        {&layer.key, 0, s.b.normed, s.every_token(), {s.b.z + s.m.query_heads * s.m.head_dim, c}},
+        {&layer.value_now, 0, s.b.normed, s.every_token(), {s.b.now, late}},
+        {&layer.value_late, 0, s.b.normed, s.every_token(), {s.b.late, late}},
+    };
+    multiply(team, products, 4);
+}
+
+// z of the token `lag` before; null before the sequence's first token.
+inline const float* z_before(const Context& s, int64_t layer, int64_t token, int64_t lag) {
+    const Sequence& q = s.sequence(token);
+    const int64_t index = token - lag - q.first;
+    if (index >= 0) return s.b.z + (token - lag) * s.channels();
+    if (q.start + index < 0) return nullptr;
+    return s.slot_state(q.slot, layer) + (s.history() + index) * s.channels();
+}
+
+// The grouped convolution's input: for each channel the last k1 values y, side by side like the weights.
+inline void fill_taps(const Context& s, const Layer& layer, int64_t index, int64_t token) {
+    const int64_t c = s.channels(), k0 = s.m.kernel0, k1 = s.m.kernel1;
+    float* row = s.b.rows + token * c * k1;
+    float* y = s.b.mixed + token * c;
+    for (int64_t lag = 0; lag < k1; lag++) {
+        std::memset(y, 0, size_t(c) * 4);
+        for (int64_t back = 0; back < k0; back++) {
+            const float* z = z_before(s, index, token, lag + back);
+            if (!z) continue;
+            const float* tap = layer.depthwise + (k0 - 1 - back) * c;
+            for (int64_t i = 0; i < c; i++) y[i] += z[i] * tap[i];
+        }
+        for (int64_t i = 0; i < c; i++) row[i * k1 + (k1 - 1 - lag)] = y[i];
+    }
+    s.b.taps.put(token, row);
+}
+
+// One product of a head's rows with a head's inputs after the other.
+inline void convolve(const Context& s, const Team& team, const Layer& layer) {
+    const int64_t d = s.m.head_dim, c = s.channels(), heads = s.m.query_heads + s.m.key_heads;
+    const Range rows = team.share(c, LANES);
+    const bool pairs = layer.grouped.format == BFLOAT16;
+    const int64_t element = pairs ? 2 : 4;
+    const uint8_t* inputs = pairs ? (const uint8_t*)s.b.taps.shorts : (const uint8_t*)s.b.taps.floats;
+    for (int64_t head = 0; head < heads; head++) {
+        const Range part{std::max(rows.begin, head * d), std::min(rows.end, (head + 1) * d)};
+        if (part.begin >= part.end) continue;
+        const uint8_t* x = inputs + head * d * s.m.kernel1 * element;
+        (pairs ? float_product<true> : float_product<false>)(layer.grouped, 0, x, s.b.taps.padded * element,
+                                                             s.every_token(), part, {s.b.mixed, c});
+    }
+}
+
+inline void put_query(const Context& s, int64_t token, int64_t head, const float* x) {
+    const int64_t d = s.m.head_dim, width = padded_head(d), at = token * s.m.query_heads + head;
+    uint32_t* words = s.b.words + at * width;
+    float scale = 1.0f / std::sqrt(float(d));
+    if (s.memory.format == FLOAT32) {
+        std::memset(words, 0, size_t(width) * 4);
+        std::memcpy(words, x, size_t(d) * 4);
+    } else if (s.memory.format == BFLOAT16) {
+        bf16* to = (bf16*)words;
+        for (int64_t i = 0; i < width; i++) to[i] = i < d ? to_bf16(x[i]) : 0;
+    } else {
+        float own;
+        Activations::quantise(x, d, width, (int8_t*)words, &own, s.b.query_sum + at);
+        scale *= own;
+    }
+    s.b.query_scale[at] = scale;
+}
+
+inline void write_queries_keys_values(const Context& s, const Layer& layer, int64_t index, int64_t token) {
+    const Model& m = s.m;
+    const int64_t d = m.head_dim, c = s.channels(), group = m.query_heads / m.key_heads;
+    const Sequence& q = s.sequence(token);
+    const int64_t position = s.position(token), block = q.blocks[position / BLOCK_TOKENS], place = position % BLOCK_TOKENS;
+    const float* cosine = s.b.cosine + (layer.rotary * s.w.tokens + token) * m.rotary_half;
+    const float* sine = s.b.sine + (layer.rotary * s.w.tokens + token) * m.rotary_half;
+    const float* z = s.b.z + token * c;
+    float* x = s.b.mixed + token * c;
+    const float share = 1.0f / float(group);
+    for (int64_t i = 0; i < c; i++) x[i] += layer.convolution_constant[i];
+    for (int64_t head = 0; head < m.query_heads + m.key_heads; head++) {
+        float* to = x + head * d;
+        const bool is_key = head >= m.query_heads;
+        const int64_t key = is_key ? head - m.query_heads : head / group;
+        const float* zk = z + (m.query_heads + key) * d;
+        if (is_key) {
+            for (int64_t i = 0; i < d; i++) {
+                float mean = 0;
+                for (int64_t j = 0; j < group; j++) mean += z[(key * group + j) * d + i];
+                to[i] += 0.5f * (mean * share + zk[i]);
+            }
+        } else {
+            for (int64_t i = 0; i < d; i++) to[i] += 0.5f * (z[head * d + i] + zk[i]);
+        }
+        const float length = std::max(std::sqrt(sum_of_squares(to, d)), 1.1920929e-7f);
+        const float scale = std::sqrt(float(d)) / length * (is_key ? layer.temperature[key] : 1.0f);
+        for (int64_t i = 0; i < d; i++) to[i] *= scale;
+        rotate(to, cosine, sine, m.rotary_half);
+        if (!is_key) {
+            put_query(s, token, head, to);
+        } else {
+            const int64_t at = s.cached_head(index, block, key);
+            float* key_scale = s.memory.key_scales ? s.memory.key_scales + at * BLOCK_TOKENS + place : nullptr;
+            put_key(s.memory.keys + at * s.head_bytes(), key_scale, s.memory.format, place, d, to);
+        }
+    }
+    // The two halves of the value channels side by side, then cut into heads.
+    const int64_t half = s.late_size();
+    const float* late = token > q.first ? s.b.late + (token - 1) * half
+                        : q.start > 0   ? s.slot_state(q.slot, index) + s.history() * c
+                                        : nullptr;
+    float* value = x;
+    std::memcpy(value, s.b.now + token * half, size_t(half) * 4);
+    if (late) std::memcpy(value + half, late, size_t(half) * 4);
+    else std::memset(value + half, 0, size_t(half) * 4);
+    for (int64_t head = 0; head < m.key_heads; head++) {
+        const int64_t at = s.cached_head(index, block, head);
+        float* value_scale = s.memory.value_scales ? s.memory.value_scales + at * BLOCK_TOKENS + place : nullptr;
+        put_value(s.memory.values + at * s.head_bytes(), value_scale, s.memory.format, place, d, value + head * d);
+    }
+}
+
+inline Gathered gathered(const Context& s, int64_t token, int64_t head) {
+    const int64_t at = token * s.m.query_heads + head, width = padded_head(s.m.head_dim);
+    return {s.b.largest + at, s.b.total + at, s.b.values + at * width};
+}
+
+inline Gathered part_of(const Context& s, int64_t part, int64_t head) {
+    const int64_t at = part * s.m.query_heads + head, width = padded_head(s.m.head_dim);
+    return {s.b.part_largest + at, s.b.part_total + at, s.b.part_values + at * width};
+}
+
+template <int64_t FORMAT>
+void attend_piece(const Context& s, const Layer& layer, int64_t index, const Piece& piece) {
+    const Model& m = s.m;
+    const Sequence& q = s.w.sequence[piece.sequence];
+    const int64_t group = m.query_heads / m.key_heads, width = padded_head(m.head_dim), count = piece.count * group;
+    const int64_t zero = s.cached_head(index, 0, piece.head);
+    const CacheHead cache{s.memory.keys + zero * s.head_bytes(), s.memory.values + zero * s.head_bytes(),
+                          s.memory.key_scales ? s.memory.key_scales + zero * BLOCK_TOKENS : nullptr,
+                          s.memory.value_scales ? s.memory.value_scales + zero * BLOCK_TOKENS : nullptr,
+                          m.key_heads * s.head_bytes(), m.key_heads * BLOCK_TOKENS};
+    static thread_local std::vector<Query> queries;
+    static thread_local std::vector<float> room;
+    queries.resize(size_t(count));
+    room.resize(size_t(count * (width + 2)));
+    int64_t first = 0, last = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t token = piece.token + i / group, head = piece.head * group + i % group;
+        const int64_t at = token * m.query_heads + head, position = s.position(token);
+        const int64_t from = layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
+        const bool is_part = piece.segment >= 0;
+        Gathered to = is_part ? part_of(s, s.plan.first_part[size_t(piece.sequence)] + piece.segment, head)
+                              : Gathered{&room[size_t(i * 2)], &room[size_t(i * 2 + 1)], &room[size_t(count * 2 + i * width)]};
+        queries[size_t(i)] = {s.b.words + at * width, s.b.query_scale[at], FORMAT == INT8 ? s.b.query_sum[at] : 0, from, position, to};
+        if (!is_part) clear(gathered(s, token, head), width);
+        first = i == 0 ? from : std::min(first, from);
+        last = std::max(last, position);
+    }
+    const int64_t blocks = last / BLOCK_TOKENS + 1, segments = (blocks - 1) / SEGMENT + 1;
+    const int64_t begin = piece.segment >= 0 ? piece.segment : 0, end = piece.segment >= 0 ? begin + 1 : segments;
+    for (int64_t segment = begin; segment < end; segment++) {
+        for (const Query& query : queries) clear(query.to, width);
+        const int64_t low = std::max(segment * SEGMENT, first / BLOCK_TOKENS), high = std::min(blocks, (segment + 1) * SEGMENT);
+        attend_blocks<FORMAT>(cache, q.blocks, low, high, m.head_dim, queries.data(), count);
+        if (piece.segment < 0)
+            for (int64_t i = 0; i < count; i++)
+                join(gathered(s, piece.token + i / group, piece.head * group + i % group), queries[size_t(i)].to, width);
+    }
+}
+
+inline void attend(const Context& s, const Layer& layer, int64_t index, const Piece& piece) {
+    if (s.memory.format == FLOAT32) attend_piece<FLOAT32>(s, layer, index, piece);
+    else if (s.memory.format == BFLOAT16) attend_piece<BFLOAT16>(s, layer, index, piece);
+    else attend_piece<INT8>(s, layer, index, piece);
+}
+
+// Join the parts where there are some, divide by the sum of weights, and make it the output matrix's operand.
+inline void finish_attention(const Context& s, int64_t token) {
+    const int64_t d = s.m.head_dim, width = padded_head(d), sequence = s.plan.sequence_of[size_t(token)];
+    float* row = s.b.mixed + token * s.channels();
+    for (int64_t head = 0; head < s.m.query_heads; head++) {
+        const Gathered to = gathered(s, token, head);
+        if (s.plan.first_part[size_t(sequence)] >= 0) {
+            clear(to, width);
+            const int64_t segments = s.position(token) / (SEGMENT * BLOCK_TOKENS) + 1;
+            for (int64_t i = 0; i < segments; i++)
+                join(to, part_of(s, s.plan.first_part[size_t(sequence)] + i, head), width);
+        }
+        const float inverse = 1.0f / *to.total;
+        for (int64_t i = 0; i < d; i++) row[head * d + i] = to.values[i] * inverse;
+    }
+    s.b.attended.put(token, row);
+}
+
+// The CCA state behind each block's last token goes into the block, behind the sequence's last token into its slot.
+// One thread does all of a sequence: a block may end so early in the step that its state reaches back into the slot.
+inline void keep_states(const Context& s, int64_t index, const Sequence& q) {
+    const int64_t c = s.channels(), history = s.history();
+    static thread_local std::vector<float> state;
+    const int64_t until_block_ends = BLOCK_TOKENS - 1 - q.start % BLOCK_TOKENS, last = q.count - 1;
+    for (int64_t i = std::min(until_block_ends, last);; i = std::min(i + BLOCK_TOKENS, last)) {
+        const int64_t token = q.first + i, position = q.start + i;
+        state.assign(size_t(s.state_size()), 0.0f);
+        for (int64_t j = 0; j < history; j++)
+            if (const float* z = z_before(s, index, token, history - 1 - j)) std::copy_n(z, c, &state[size_t(j * c)]);
+        std::copy_n(s.b.late + token * s.late_size(), s.late_size(), &state[size_t(history * c)]);
+        if ((position + 1) % BLOCK_TOKENS == 0)
+            std::copy(state.begin(), state.end(), s.block_state(q.blocks[position / BLOCK_TOKENS], index));
+        if (i == last) {
+            std::copy(state.begin(), state.end(), s.slot_state(q.slot, index));
+            return;
+        }
+    }
+}
+
+}  // namespace oz

@@ -1,0 +1,374 @@
+// Matrix products y = x W^T for few or many tokens, row-major float and packed integer weights.
+//
+// Every sum runs over the columns in one order, whatever the tile: a token's result does not depend on the tokens
+// beside it. Tiles of TOKENS tokens by ROWS rows (or BLOCKS blocks of 16 rows) use a loaded weight several times.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "activations.hpp"
+#include "team.hpp"
+#include "tiles.hpp"
+
+namespace oz {
+
+#ifdef OZ_AVX512
+constexpr int TOKENS = 6, ROWS = 4, BLOCKS = 2;
+#else
+constexpr int TOKENS = 2, ROWS = 2, BLOCKS = 1;
+#endif
+constexpr int64_t TOKENS_IN_CACHE = 20 * TOKENS;  // this many rows of activations stay in the core's cache
+constexpr int64_t UNPACK_FROM = 2 * TOKENS;       // from this many tokens on, 4-bit blocks are unpacked once
+
+// Which tokens: positions i of a list (null: 0, 1, ...) in the activations and in the output.
+struct Rows {
+    const int64_t *from, *to;
+    int64_t count;
+    int64_t input(int64_t i) const { return from ? from[i] : i; }
+    int64_t output(int64_t i) const { return to ? to[i] : i; }
+};
+
+struct Output {
+    float* data;
+    int64_t stride;
+};
+
+// --- float weights ----------------------------------------------------------------------------------------------
+
+template <bool PAIRS, int T, int R>
+inline void float_tile(const uint8_t* const* x, const uint8_t* w, int64_t row_bytes, float* const* y) {
+    Floats sums[T][R];
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) sums[t][r] = all(0);
+    auto add = [&](const Line* rows, int64_t at) {
+        for (int t = 0; t < T; t++) {
+            Line token = line(x[t] + at);
+            for (int r = 0; r < R; r++)
+                sums[t][r] = PAIRS ? dot_pairs(sums[t][r], rows[r], token) : dot_floats(sums[t][r], rows[r], token);
+        }
+    };
+    Line rows[R];
+    int64_t at = 0;
+#pragma GCC unroll 4
+    for (; at <= row_bytes - 64; at += 64) {
+        for (int r = 0; r < R; r++) rows[r] = line(w + r * row_bytes + at);
+        add(rows, at);
+    }
+    if (at < row_bytes) {
+        for (int r = 0; r < R; r++) rows[r] = line_first(w + r * row_bytes + at, int(row_bytes - at));
+        add(rows, at);
+    }
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) y[t][r] = sum(sums[t][r]);
+}
+
+template <bool PAIRS, int R, int T = TOKENS>
+inline void float_tiles(int tokens, const uint8_t* const* x, const uint8_t* w, int64_t row_bytes, float* const* y) {
+    if constexpr (T > 1) {
+        if (tokens < T) return float_tiles<PAIRS, R, T - 1>(tokens, x, w, row_bytes, y);
+    }
+    float_tile<PAIRS, T, R>(x, w, row_bytes, y);
+}
+
+template <bool PAIRS>
+void float_product(const Matrix& w, int64_t expert, const uint8_t* x, int64_t x_stride, Rows tokens, Range rows, Output out) {
+    const int64_t row_bytes = w.columns * (PAIRS ? 2 : 4);
+    const uint8_t* weights = w.data + expert * w.stride;
+    for (int64_t begin = 0; begin < tokens.count; begin += TOKENS_IN_CACHE) {
+        int64_t end = begin + TOKENS_IN_CACHE < tokens.count ? begin + TOKENS_IN_CACHE : tokens.count;
+        for (int64_t row = rows.begin; row < rows.end;) {
+            const bool whole = row + ROWS <= rows.end;
+            for (int64_t token = begin; token < end; token += TOKENS) {
+                int count = int(end - token < TOKENS ? end - token : TOKENS);
+                const uint8_t* from[TOKENS];
+                float* to[TOKENS];
+                for (int t = 0; t < count; t++) {
+                    from[t] = x + tokens.input(token + t) * x_stride;
+                    to[t] = out.data + tokens.output(token + t) * out.stride + row;
+                }
+                if (whole) float_tiles<PAIRS, ROWS>(count, from, weights + row * row_bytes, row_bytes, to);
+                else float_tiles<PAIRS, 1>(count, from, weights + row * row_bytes, row_bytes, to);
+            }
+            row += whole ? ROWS : 1;
+        }
+    }
+}
+
+// --- packed integer weights -------------------------------------------------------------------------------------
+
+struct Bytes {
+    const int8_t* q;
+    const float* scales;
+    const int32_t* sums;
+};
+
+// B blocks of 16 rows by T tokens. Weights are unsigned: with w = u - bias, sum w a = sum u a - bias * sum a, and the
+// sums of a group's activations are known. BITS is how the lines hold them, SCALED whether each group has a scale.
+template <int BITS, bool SCALED, int T, int B>
+inline void packed_tile(const Bytes* x, const uint8_t* w, int64_t block_bytes, const uint8_t* scales,
+                        int64_t block_scale_bytes, int32_t bias, int64_t groups, Floats (*y)[B]) {
+    constexpr int64_t LINES = BITS == 8 ? 16 : 8;
+    Floats totals[T][B];
+    for (int t = 0; t < T; t++)
+        for (int b = 0; b < B; b++) totals[t][b] = all(0);
+    for (int64_t g = 0; g < groups; g++) {
+        Ints sums[T][B];
+        for (int t = 0; t < T; t++) {
+            Ints start = all_ints(-bias * x[t].sums[g]);
+            for (int b = 0; b < B; b++) sums[t][b] = start;
+        }
+        const uint8_t* at = w + g * LINES * 64;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < LINES; i++) {
+            for (int b = 0; b < B; b++) {
+                const uint8_t* address = at + b * block_bytes + i * 64;
+                if (T <= 2) __builtin_prefetch(address + 1536);
+                Line packed = line(address);
+                if constexpr (BITS == 8) {
+                    for (int t = 0; t < T; t++)
+                        sums[t][b] = SCALED ? dot_small_bytes(sums[t][b], packed, broadcast4(x[t].q + g * 64 + 4 * i))
+                                            : dot_bytes(sums[t][b], packed, broadcast4(x[t].q + g * 64 + 4 * i));
+                } else {
+                    Line low = low_nibbles(packed), high = high_nibbles(packed);
+                    for (int t = 0; t < T; t++) {
+                        sums[t][b] = dot_small_bytes(sums[t][b], low, broadcast4(x[t].q + g * 64 + 8 * i));
+                        sums[t][b] = dot_small_bytes(sums[t][b], high, broadcast4(x[t].q + g * 64 + 8 * i + 4));
+                    }
+                }
+            }
+        }
+        for (int b = 0; b < B; b++) {
+            Floats scale = all(1);
+            if constexpr (SCALED) scale = load_floats((const bf16*)(scales + b * block_scale_bytes) + g * LANES);
+            for (int t = 0; t < T; t++) {
+                Floats both = all(x[t].scales[g]);
+                if constexpr (SCALED) both = both * scale;
+                totals[t][b] = fma(to_floats(sums[t][b]), both, totals[t][b]);
+            }
+        }
+    }
+    for (int b = 0; b < B; b++) {
+        Floats scale = all(1);
+        if constexpr (!SCALED) scale = load((const float*)(scales + b * block_scale_bytes));
+        for (int t = 0; t < T; t++) y[t][b] = SCALED ? totals[t][b] : totals[t][b] * scale;
+    }
+}
+
+template <int BITS, bool SCALED, int B, int T = TOKENS>
+inline void packed_tiles(int tokens, const Bytes* x, const uint8_t* w, int64_t block_bytes, const uint8_t* scales,
+                         int64_t block_scale_bytes, int32_t bias, int64_t groups, float* const* y, const int* widths) {
+    if constexpr (T > 1) {
+        if (tokens < T)
+            return packed_tiles<BITS, SCALED, B, T - 1>(tokens, x, w, block_bytes, scales, block_scale_bytes, bias,
+                                                        groups, y, widths);
+    }
+    Floats result[T][B];
+    packed_tile<BITS, SCALED, T, B>(x, w, block_bytes, scales, block_scale_bytes, bias, groups, result);
+    for (int t = 0; t < T; t++)
+        for (int b = 0; b < B; b++) {
+            if (widths[b] == LANES) store(y[t] + b * LANES, result[t][b]);
+            else store_first(y[t] + b * LANES, result[t][b], widths[b]);
+        }
+}
+
+template <int BITS, bool SCALED>
+void packed_panel(const uint8_t* w, int64_t block_bytes, const uint8_t* scales, int64_t block_scale_bytes, int32_t bias,
+                  const Activations& x, Rows tokens, Range range, int64_t row, int64_t num_rows, Output out) {
+    const bool two = BLOCKS == 2 && num_rows > LANES;
+    int widths[2];
+    for (int b = 0; b < 2; b++) {
+        int64_t left = num_rows - b * LANES;
+        widths[b] = int(left < LANES ? left : LANES);
+    }
+    for (int64_t token = range.begin; token < range.end; token += TOKENS) {
+        int count = int(range.end - token < TOKENS ? range.end - token : TOKENS);
+        Bytes from[TOKENS];
+        float* to[TOKENS];
+        for (int t = 0; t < count; t++) {
+            int64_t i = tokens.input(token + t);
+            from[t] = {x.bytes + i * x.padded, x.scales + i * x.groups(), x.sums + i * x.groups()};
+            to[t] = out.data + tokens.output(token + t) * out.stride + row;
+        }
+        if (two)
+            packed_tiles<BITS, SCALED, BLOCKS>(count, from, w, block_bytes, scales, block_scale_bytes, bias, x.groups(),
+                                               to, widths);
+        else
+            packed_tiles<BITS, SCALED, 1>(count, from, w, block_bytes, scales, block_scale_bytes, bias, x.groups(), to,
+                                          widths);
+    }
+}
+
+inline uint8_t* panel_room(int64_t bytes) {
+    static thread_local uint8_t* memory = nullptr;
+    static thread_local int64_t size = 0;
+    if (size < bytes) {
+        _mm_free(memory);
+        memory = (uint8_t*)_mm_malloc(size_t(bytes), 64);
+        size = bytes;
+    }
+    return memory;
+}
+
+#ifdef OZ_TILES
+constexpr int64_t TILES_FROM = 16;  // tokens
+
+// Tokens of a list one behind the other, as tiles are loaded, up to whole tiles.
+struct TileInputs {
+    std::vector<int8_t> bytes;
+    const Activations* x = nullptr;
+
+    void gather(const Activations& activations, Rows tokens, Range range) {
+        x = &activations;
+        bytes.assign(size_t(round_up(range.end - range.begin, 16) * activations.padded), 0);
+        for (int64_t i = range.begin; i < range.end; i++)
+            std::memcpy(&bytes[size_t((i - range.begin) * x->padded)], x->bytes + tokens.input(i) * x->padded,
+                        size_t(x->padded));
+    }
+};
+
+// packed_panel with tiles of 16 tokens: the same sums of integers, added in the same order.
+template <bool SCALED>
+void tiled_panel(const uint8_t* w, int64_t block_bytes, const uint8_t* scales, int64_t block_scale_bytes, int32_t bias,
+                 const TileInputs& inputs, Rows tokens, Range range, int64_t row, int64_t num_rows, Output out) {
+    const Activations& x = *inputs.x;
+    const int blocks = num_rows > LANES ? 2 : 1;
+    alignas(64) float totals[2][16][LANES];
+    alignas(64) int32_t sums[2][16][LANES];
+    for (int64_t first = range.begin; first < range.end; first += 16) {
+        const int count = int(std::min<int64_t>(16, range.end - first));
+        std::memset(totals, 0, sizeof totals);
+        for (int64_t g = 0; g < x.groups(); g++) {
+            tile_load<0>(&inputs.bytes[size_t((first - range.begin) * x.padded + g * 64)], x.padded);
+            tile_load<1>(w + g * 1024, 64);
+            tile_zero<3>();
+            tile_dot<3, 0, 1>();
+            tile_store<3>(sums[0], 64);
+            if (blocks == 2) {
+                tile_load<2>(w + block_bytes + g * 1024, 64);
+                tile_zero<4>();
+                tile_dot<4, 0, 2>();
+                tile_store<4>(sums[1], 64);
+            }
+            for (int b = 0; b < blocks; b++) {
+                Floats scale = all(1);
+                if constexpr (SCALED) scale = load_floats((const bf16*)(scales + b * block_scale_bytes) + g * LANES);
+                for (int t = 0; t < count; t++) {
+                    const int64_t at = tokens.input(first + t) * x.groups() + g;
+                    Floats both = all(x.scales[at]);
+                    if constexpr (SCALED) both = both * scale;
+                    const Ints sum = all_ints(-bias * x.sums[at]) + load_ints(sums[b][t]);
+                    store(totals[b][t], fma(to_floats(sum), both, load(totals[b][t])));
+                }
+            }
+        }
+        for (int b = 0; b < blocks; b++) {
+            const int width = int(std::min<int64_t>(LANES, num_rows - b * LANES));
+            Floats scale = all(1);
+            if constexpr (!SCALED) scale = load((const float*)(scales + b * block_scale_bytes));
+            for (int t = 0; t < count; t++) {
+                float* to = out.data + tokens.output(first + t) * out.stride + row + b * LANES;
+                store_first(to, SCALED ? load(totals[b][t]) : load(totals[b][t]) * scale, width);
+            }
+        }
+    }
+}
+#endif
+
+inline void packed_product(const Matrix& w, int64_t expert, const Activations& x, Rows tokens, Range rows, Output out) {
+    const bool four_bits = w.format == INT4;
+    const int64_t groups = round_up(w.columns, GROUP) / GROUP;
+    const int64_t block_bytes = groups * (four_bits ? 512 : 1024);
+    const int64_t scale_bytes = four_bits ? groups * LANES * 2 : LANES * 4;
+#ifdef OZ_TILES
+    static thread_local TileInputs inputs;
+    const bool tiled = tokens.count >= TILES_FROM;
+    std::optional<UsingTiles> shapes;
+    if (tiled) shapes.emplace();
+#else
+    constexpr bool tiled = false;
+#endif
+    const bool unpack = four_bits && (tokens.count >= UNPACK_FROM || tiled);
+    for (int64_t begin = 0; begin < tokens.count; begin += TOKENS_IN_CACHE) {
+        const Range range{begin, std::min(begin + TOKENS_IN_CACHE, tokens.count)};
+#ifdef OZ_TILES
+        if (tiled) inputs.gather(x, tokens, range);
+#endif
+        for (int64_t row = rows.begin; row < rows.end; row += BLOCKS * LANES) {
+            const int64_t num_rows = std::min(BLOCKS * LANES, rows.end - row);
+            const uint8_t* at = w.data + expert * w.stride + row / LANES * block_bytes;
+            const uint8_t* scales = w.scales + expert * w.scale_stride + row / LANES * scale_bytes;
+            if (four_bits && !unpack) {
+                packed_panel<4, true>(at, block_bytes, scales, scale_bytes, 8, x, tokens, range, row, num_rows, out);
+                continue;
+            }
+            int64_t wide_block_bytes = block_bytes;
+            if (four_bits) {
+                const int64_t lines = round_up(num_rows, LANES) / LANES * groups * 8;
+                uint8_t* wide = panel_room(lines * 128);
+                for (int64_t i = 0; i < lines; i++) {
+                    const Line packed = line(at + i * 64);
+                    store_line(wide + i * 128, low_nibbles(packed));
+                    store_line(wide + i * 128 + 64, high_nibbles(packed));
+                }
+                at = wide, wide_block_bytes = groups * 1024;
+            }
+            auto panel = [&](auto scaled, int32_t bias) {
+                constexpr bool SCALED = decltype(scaled)::value;
+#ifdef OZ_TILES
+                if (tiled)
+                    return tiled_panel<SCALED>(at, wide_block_bytes, scales, scale_bytes, bias, inputs, tokens, range,
+                                               row, num_rows, out);
+#endif
+                packed_panel<8, SCALED>(at, wide_block_bytes, scales, scale_bytes, bias, x, tokens, range, row, num_rows,
+                                        out);
+            };
+            if (four_bits) panel(std::true_type(), 8);
+            else panel(std::false_type(), 128);
+        }
+    }
+}
+
+// --- any weights ------------------------------------------------------------------------------------------------
+
+struct Product {
+    const Matrix* weights;
+    int64_t expert;
+    Activations x;
+    Rows tokens;
+    Output y;
+
+    void rows(Range range) const {
+        if (weights->format == FLOAT32)
+            float_product<false>(*weights, expert, (const uint8_t*)x.floats, x.padded * 4, tokens, range, y);
+        else if (weights->format == BFLOAT16)
+            float_product<true>(*weights, expert, (const uint8_t*)x.shorts, x.padded * 2, tokens, range, y);
+        else
+            packed_product(*weights, expert, x, tokens, range, y);
+    }
+};
+
+constexpr int64_t MAX_PRODUCTS = 256;
+
+// y = x W^T, one or several; their rows are handed out in pieces that are long enough to be read at full speed.
+inline void multiply(const Team& team, const Product* products, int64_t count) {
+    int64_t ends[MAX_PRODUCTS], lengths[MAX_PRODUCTS], units = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t rows = products[i].weights->rows, share = round_up(rows / (8 * team.size) + 1, 2 * LANES);
+        lengths[i] = share;
+        if (products[i].tokens.count) units += (rows + share - 1) / share;
+        ends[i] = units;
+    }
+    team.each(units, [&](int64_t unit) {
+        int64_t i = 0;
+        while (ends[i] <= unit) i++;
+        const int64_t begin = (unit - (i ? ends[i - 1] : 0)) * lengths[i], rows = products[i].weights->rows;
+        products[i].rows({begin, begin + lengths[i] < rows ? begin + lengths[i] : rows});
+    });
+}
+
+inline void multiply(const Team& team, const Product& product) { multiply(team, &product, 1); }
+
+}  // namespace oz

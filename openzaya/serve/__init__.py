@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server, and what it makes of a model's text."""
