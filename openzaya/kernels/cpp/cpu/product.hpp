@@ -21,6 +21,7 @@ constexpr int TOKENS = 6, ROWS = 4, BLOCKS = 2;
 constexpr int TOKENS = 2, ROWS = 2, BLOCKS = 1;
 #endif
 constexpr int64_t TOKENS_IN_CACHE = 20 * TOKENS;  // this many rows of activations stay in the core's cache
+constexpr int64_t PREFETCH_BYTES = 4096;          // ahead of what is read from memory in order
 constexpr int64_t UNPACK_FROM = 2 * TOKENS;       // from this many tokens on, 4-bit blocks are unpacked once
 
 // Which tokens: positions i of a list (null: 0, 1, ...) in the activations and in the output.
@@ -111,31 +112,35 @@ template <int BITS, bool SCALED, int T, int B>
 inline void packed_tile(const Bytes* x, const uint8_t* w, int64_t block_bytes, const uint8_t* scales,
                         int64_t block_scale_bytes, int32_t bias, int64_t groups, Floats (*y)[B]) {
     constexpr int64_t LINES = BITS == 8 ? 16 : 8;
+    // Few tokens: several sums of the same rows, for an instruction must not wait for the one before it.
+    constexpr int PARTS = T * B == 1 ? 4 : T * B == 2 ? 2 : 1;
     Floats totals[T][B];
     for (int t = 0; t < T; t++)
         for (int b = 0; b < B; b++) totals[t][b] = all(0);
     for (int64_t g = 0; g < groups; g++) {
-        Ints sums[T][B];
-        for (int t = 0; t < T; t++) {
-            Ints start = all_ints(-bias * x[t].sums[g]);
-            for (int b = 0; b < B; b++) sums[t][b] = start;
-        }
+        Ints sums[T][B][PARTS];
+        for (int t = 0; t < T; t++)
+            for (int b = 0; b < B; b++)
+                for (int p = 0; p < PARTS; p++) sums[t][b][p] = all_ints(p ? 0 : -bias * x[t].sums[g]);
         const uint8_t* at = w + g * LINES * 64;
 #pragma GCC unroll 16
         for (int64_t i = 0; i < LINES; i++) {
             for (int b = 0; b < B; b++) {
                 const uint8_t* address = at + b * block_bytes + i * 64;
-                if (T <= 2) __builtin_prefetch(address + 1536);
+                if (T <= 2) __builtin_prefetch(address + PREFETCH_BYTES);
                 Line packed = line(address);
                 if constexpr (BITS == 8) {
-                    for (int t = 0; t < T; t++)
-                        sums[t][b] = SCALED ? dot_small_bytes(sums[t][b], packed, broadcast4(x[t].q + g * 64 + 4 * i))
-                                            : dot_bytes(sums[t][b], packed, broadcast4(x[t].q + g * 64 + 4 * i));
+                    for (int t = 0; t < T; t++) {
+                        Ints& sum = sums[t][b][i % PARTS];
+                        const Line token = broadcast4(x[t].q + g * 64 + 4 * i);
+                        sum = SCALED ? dot_small_bytes(sum, packed, token) : dot_bytes(sum, packed, token);
+                    }
                 } else {
                     Line low = low_nibbles(packed), high = high_nibbles(packed);
                     for (int t = 0; t < T; t++) {
-                        sums[t][b] = dot_small_bytes(sums[t][b], low, broadcast4(x[t].q + g * 64 + 8 * i));
-                        sums[t][b] = dot_small_bytes(sums[t][b], high, broadcast4(x[t].q + g * 64 + 8 * i + 4));
+                        Ints &first = sums[t][b][2 * i % PARTS], &second = sums[t][b][(2 * i + 1) % PARTS];
+                        first = dot_small_bytes(first, low, broadcast4(x[t].q + g * 64 + 8 * i));
+                        second = dot_small_bytes(second, high, broadcast4(x[t].q + g * 64 + 8 * i + 4));
                     }
                 }
             }
@@ -146,7 +151,8 @@ inline void packed_tile(const Bytes* x, const uint8_t* w, int64_t block_bytes, c
             for (int t = 0; t < T; t++) {
                 Floats both = all(x[t].scales[g]);
                 if constexpr (SCALED) both = both * scale;
-                totals[t][b] = fma(to_floats(sums[t][b]), both, totals[t][b]);
+                for (int p = 1; p < PARTS; p++) sums[t][b][0] = sums[t][b][0] + sums[t][b][p];
+                totals[t][b] = fma(to_floats(sums[t][b][0]), both, totals[t][b]);
             }
         }
     }
@@ -177,6 +183,14 @@ inline void packed_tiles(int tokens, const Bytes* x, const uint8_t* w, int64_t b
 template <int BITS, bool SCALED>
 void packed_panel(const uint8_t* w, int64_t block_bytes, const uint8_t* scales, int64_t block_scale_bytes, int32_t bias,
                   const Activations& x, Rows tokens, Range range, int64_t row, int64_t num_rows, Output out) {
+    // A single token reads one block behind the other, as they lie in memory.
+    if (tokens.count == 1 && num_rows > LANES) {
+        for (int64_t first = 0; first < num_rows; first += LANES)
+            packed_panel<BITS, SCALED>(w + first / LANES * block_bytes, block_bytes,
+                                       scales + first / LANES * block_scale_bytes, block_scale_bytes, bias, x, tokens,
+                                       range, row + first, std::min(LANES, num_rows - first), out);
+        return;
+    }
     const bool two = BLOCKS == 2 && num_rows > LANES;
     int widths[2];
     for (int b = 0; b < 2; b++) {
