@@ -29,37 +29,18 @@ inline const float* z_before(const Context& s, int64_t layer, int64_t token, int
     return s.slot_state(q.slot, layer) + (s.history() + index) * s.channels();
 }
 
-// The grouped convolution's input: for each channel the last k1 values y, side by side like the weights.
-inline void fill_taps(const Context& s, const Layer& layer, int64_t index, int64_t token) {
-    const int64_t c = s.channels(), k0 = s.m.kernel0, k1 = s.m.kernel1;
-    float* row = s.b.rows + token * c * k1;
-    float* y = s.b.mixed + token * c;
+// The grouped convolution's input for one head and token: each channel's last k1 values y, side by side like the weights.
+inline void fill_taps(const Context& s, const Layer& layer, int64_t index, int64_t token, int64_t head, float* y, float* row) {
+    const int64_t d = s.m.head_dim, c = s.channels(), k0 = s.m.kernel0, k1 = s.m.kernel1;
     for (int64_t lag = 0; lag < k1; lag++) {
-        std::memset(y, 0, size_t(c) * 4);
+        std::memset(y, 0, size_t(d) * 4);
         for (int64_t back = 0; back < k0; back++) {
             const float* z = z_before(s, index, token, lag + back);
             if (!z) continue;
-            const float* tap = layer.depthwise + (k0 - 1 - back) * c;
-            for (int64_t i = 0; i < c; i++) y[i] += z[i] * tap[i];
+            const float* tap = layer.depthwise + (k0 - 1 - back) * c + head * d;
+            for (int64_t i = 0; i < d; i++) y[i] += z[head * d + i] * tap[i];
         }
-        for (int64_t i = 0; i < c; i++) row[i * k1 + (k1 - 1 - lag)] = y[i];
-    }
-    s.b.taps.put(token, row);
-}
-
-// One product of a head's rows with a head's inputs after the other.
-inline void convolve(const Context& s, const Team& team, const Layer& layer) {
-    const int64_t d = s.m.head_dim, c = s.channels(), heads = s.m.query_heads + s.m.key_heads;
-    const Range rows = team.share(c, LANES);
-    const bool pairs = layer.grouped.format == BFLOAT16;
-    const int64_t element = pairs ? 2 : 4;
-    const uint8_t* inputs = pairs ? (const uint8_t*)s.b.taps.shorts : (const uint8_t*)s.b.taps.floats;
-    for (int64_t head = 0; head < heads; head++) {
-        const Range part{std::max(rows.begin, head * d), std::min(rows.end, (head + 1) * d)};
-        if (part.begin >= part.end) continue;
-        const uint8_t* x = inputs + head * d * s.m.kernel1 * element;
-        (pairs ? float_product<true> : float_product<false>)(layer.grouped, 0, x, s.b.taps.padded * element,
-                                                             s.every_token(), part, {s.b.mixed, c});
+        for (int64_t i = 0; i < d; i++) row[i * k1 + (k1 - 1 - lag)] = y[i];
     }
 }
 
@@ -81,57 +62,84 @@ inline void put_query(const Context& s, int64_t token, int64_t head, const float
     s.b.query_scale[at] = scale;
 }
 
-inline void write_queries_keys_values(const Context& s, const Layer& layer, int64_t index, int64_t token) {
+// From a head's mixed channels to the query, or to the key in its block: QK-mean, norm, temperature, RoPE.
+inline void finish_head(const Context& s, const Layer& layer, int64_t index, int64_t token, int64_t head, float* x) {
     const Model& m = s.m;
-    const int64_t d = m.head_dim, c = s.channels(), group = m.query_heads / m.key_heads;
+    const int64_t d = m.head_dim, group = m.query_heads / m.key_heads;
+    const bool is_key = head >= m.query_heads;
+    const int64_t key = is_key ? head - m.query_heads : head / group;
+    const float *z = s.b.z + token * s.channels(), *zk = z + (m.query_heads + key) * d;
+    const float* constant = layer.convolution_constant + head * d;
+    const float share = 1.0f / float(group);
+    if (is_key) {
+        for (int64_t i = 0; i < d; i++) {
+            float mean = 0;
+            for (int64_t j = 0; j < group; j++) mean += z[(key * group + j) * d + i];
+            x[i] = x[i] + constant[i] + 0.5f * (mean * share + zk[i]);
+        }
+    } else {
+        for (int64_t i = 0; i < d; i++) x[i] = x[i] + constant[i] + 0.5f * (z[head * d + i] + zk[i]);
+    }
+    const float length = std::max(std::sqrt(sum_of_squares(x, d)), 1.1920929e-7f);
+    const float scale = std::sqrt(float(d)) / length * (is_key ? layer.temperature[key] : 1.0f);
+    for (int64_t i = 0; i < d; i++) x[i] *= scale;
+    const int64_t angles = (layer.rotary * s.w.tokens + token) * m.rotary_half;
+    rotate(x, s.b.cosine + angles, s.b.sine + angles, m.rotary_half);
+    if (!is_key) return put_query(s, token, head, x);
+    const int64_t position = s.position(token), place = position % BLOCK_TOKENS;
+    const int64_t at = s.cached_head(index, s.sequence(token).blocks[position / BLOCK_TOKENS], key);
+    float* key_scale = s.memory.key_scales ? s.memory.key_scales + at * BLOCK_TOKENS + place : nullptr;
+    put_key(s.memory.keys + at * s.head_bytes(), key_scale, s.memory.format, place, d, x);
+}
+
+// The two halves of the value channels side by side, then cut into heads.
+inline void write_values(const Context& s, int64_t index, int64_t token, float* value) {
+    const int64_t d = s.m.head_dim, half = s.late_size();
     const Sequence& q = s.sequence(token);
     const int64_t position = s.position(token), block = q.blocks[position / BLOCK_TOKENS], place = position % BLOCK_TOKENS;
-    const float* cosine = s.b.cosine + (layer.rotary * s.w.tokens + token) * m.rotary_half;
-    const float* sine = s.b.sine + (layer.rotary * s.w.tokens + token) * m.rotary_half;
-    const float* z = s.b.z + token * c;
-    float* x = s.b.mixed + token * c;
-    const float share = 1.0f / float(group);
-    for (int64_t i = 0; i < c; i++) x[i] += layer.convolution_constant[i];
-    for (int64_t head = 0; head < m.query_heads + m.key_heads; head++) {
-        float* to = x + head * d;
-        const bool is_key = head >= m.query_heads;
-        const int64_t key = is_key ? head - m.query_heads : head / group;
-        const float* zk = z + (m.query_heads + key) * d;
-        if (is_key) {
-            for (int64_t i = 0; i < d; i++) {
-                float mean = 0;
-                for (int64_t j = 0; j < group; j++) mean += z[(key * group + j) * d + i];
-                to[i] += 0.5f * (mean * share + zk[i]);
-            }
-        } else {
-            for (int64_t i = 0; i < d; i++) to[i] += 0.5f * (z[head * d + i] + zk[i]);
-        }
-        const float length = std::max(std::sqrt(sum_of_squares(to, d)), 1.1920929e-7f);
-        const float scale = std::sqrt(float(d)) / length * (is_key ? layer.temperature[key] : 1.0f);
-        for (int64_t i = 0; i < d; i++) to[i] *= scale;
-        rotate(to, cosine, sine, m.rotary_half);
-        if (!is_key) {
-            put_query(s, token, head, to);
-        } else {
-            const int64_t at = s.cached_head(index, block, key);
-            float* key_scale = s.memory.key_scales ? s.memory.key_scales + at * BLOCK_TOKENS + place : nullptr;
-            put_key(s.memory.keys + at * s.head_bytes(), key_scale, s.memory.format, place, d, to);
-        }
-    }
-    // The two halves of the value channels side by side, then cut into heads.
-    const int64_t half = s.late_size();
     const float* late = token > q.first ? s.b.late + (token - 1) * half
-                        : q.start > 0   ? s.slot_state(q.slot, index) + s.history() * c
+                        : q.start > 0   ? s.slot_state(q.slot, index) + s.history() * s.channels()
                                         : nullptr;
-    float* value = x;
     std::memcpy(value, s.b.now + token * half, size_t(half) * 4);
     if (late) std::memcpy(value + half, late, size_t(half) * 4);
     else std::memset(value + half, 0, size_t(half) * 4);
-    for (int64_t head = 0; head < m.key_heads; head++) {
+    for (int64_t head = 0; head < s.m.key_heads; head++) {
         const int64_t at = s.cached_head(index, block, head);
         float* value_scale = s.memory.value_scales ? s.memory.value_scales + at * BLOCK_TOKENS + place : nullptr;
         put_value(s.memory.values + at * s.head_bytes(), value_scale, s.memory.format, place, d, value + head * d);
     }
+}
+
+constexpr int64_t MIXED_TOGETHER = 48;  // tokens
+
+// Everything between the projections and attention, by heads and some tokens at a time; the values count as a head.
+inline void mix(const Context& s, const Team& team, const Layer& layer, int64_t index) {
+    const int64_t d = s.m.head_dim, heads = s.m.query_heads + s.m.key_heads, k1 = s.m.kernel1;
+    const bool pairs = layer.grouped.format == BFLOAT16;
+    const int64_t tiles = (s.w.tokens + MIXED_TOGETHER - 1) / MIXED_TOGETHER, inputs = d * k1, padded = round_up(inputs, GROUP);
+    team.each((heads + 1) * tiles, [&](int64_t piece) {
+        static thread_local std::vector<float> floats, mixed, row;
+        static thread_local std::vector<bf16> shorts;
+        const int64_t head = piece % (heads + 1), begin = piece / (heads + 1) * MIXED_TOGETHER;
+        const int64_t count = std::min(MIXED_TOGETHER, s.w.tokens - begin);
+        row.resize(size_t(std::max(inputs, 2 * s.late_size()) + d));
+        if (head == heads) {
+            for (int64_t i = 0; i < count; i++) write_values(s, index, begin + i, row.data());
+            return;
+        }
+        mixed.resize(size_t(count * d));
+        (pairs ? shorts.resize(size_t(count * padded + 64)) : floats.resize(size_t(count * padded + 64)));
+        const Activations taps{inputs, padded, pairs ? nullptr : floats.data(), pairs ? shorts.data() : nullptr, nullptr, nullptr, nullptr};
+        for (int64_t i = 0; i < count; i++) {
+            fill_taps(s, layer, index, begin + i, head, row.data() + inputs, row.data());
+            taps.put(i, row.data());
+        }
+        Matrix own = layer.grouped;
+        own.data += head * d * inputs * (pairs ? 2 : 4);
+        own.rows = d;
+        Product{&own, 0, taps, {nullptr, nullptr, count}, {mixed.data(), d}}.rows({0, d});
+        for (int64_t i = 0; i < count; i++) finish_head(s, layer, index, begin + i, head, mixed.data() + i * d);
+    });
 }
 
 inline Gathered gathered(const Context& s, int64_t token, int64_t head) {
@@ -192,7 +200,7 @@ inline void attend(const Context& s, const Layer& layer, int64_t index, const Pi
 // Join the parts where there are some, divide by the sum of weights, and make it the output matrix's operand.
 inline void finish_attention(const Context& s, int64_t token) {
     const int64_t d = s.m.head_dim, width = padded_head(d), sequence = s.plan.sequence_of[size_t(token)];
-    float* row = s.b.mixed + token * s.channels();
+    float* row = s.b.rows + token * s.m.query_heads * d;
     for (int64_t head = 0; head < s.m.query_heads; head++) {
         const Gathered to = gathered(s, token, head);
         if (s.plan.first_part[size_t(sequence)] >= 0) {

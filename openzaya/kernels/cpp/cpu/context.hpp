@@ -55,14 +55,13 @@ inline Plan make_plan(const Model& m, const Work& w) {
 
 // Memory of a step, cut from one piece; without an address it only measures.
 struct Buffers {
-    float *x, *z, *mixed, *y, *rows, *state, *previous, *hidden, *classes, *gate_up, *gates, *cosine, *sine;
+    float *x, *z, *y, *rows, *state, *previous, *hidden, *classes, *gate_up, *gates, *cosine, *sine;
     float *now, *late;
-    Activations normed, taps, attended, routed, active;
+    Activations normed, attended, routed, active;
     uint32_t* words;
     float *query_scale, *largest, *total, *values, *part_largest, *part_total, *part_values;
     int32_t* query_sum;
     int32_t* choice;
-    int64_t *order, *begin;
     int64_t bytes;
 
     Buffers(const Model& m, const Work& w, int64_t parts, uint8_t* base) {
@@ -87,16 +86,15 @@ struct Buffers {
         const int64_t n = w.tokens, d = m.hidden, c = (m.query_heads + m.key_heads) * m.head_dim;
         const int64_t heads = m.query_heads, width = padded_head(m.head_dim), late_size = m.key_heads * m.head_dim / 2;
         const Layer& l = m.layer[0];
-        take(x, n * d), take(y, n * d), take(z, n * c), take(mixed, n * c), take(rows, n * c * m.kernel1), take(now, n * late_size), take(late, n * late_size);
+        take(x, n * d), take(y, n * d), take(z, n * c), take(rows, n * heads * m.head_dim), take(now, n * late_size), take(late, n * late_size);
         take_activations(normed, std::max(n, w.logits_rows), d,
                          {l.query.format, l.key.format, l.value_now.format, l.value_late.format, l.router_down.format,
                           l.gate_up.format, m.head.format});
-        take_activations(taps, n, c * m.kernel1, {l.grouped.format});
         take_activations(attended, n, heads * m.head_dim, {l.output.format});
         take_activations(routed, n, m.router_width, {l.fc1.format, l.fc2.format, l.router_out.format});
         take_activations(active, n, m.width, {l.down.format});
         take(state, n * m.router_width), take(previous, n * m.router_width), take(hidden, n * m.router_width);
-        take(classes, n * (m.experts + 1)), take(gates, n), take(choice, n), take(order, n), take(begin, m.experts + 2);
+        take(classes, n * (m.experts + 1)), take(gates, n), take(choice, n);
         take(gate_up, n * 2 * m.width);
         take(cosine, 2 * n * m.rotary_half), take(sine, 2 * n * m.rotary_half);
         take(words, n * heads * width), take(query_scale, n * heads), take(query_sum, n * heads);

@@ -5,40 +5,37 @@
 
 namespace oz {
 
-// Which expert each token visits, and how much its output counts. Ends with the tokens sorted by expert.
+// Which expert each token visits, and how much its output counts. Behind the down-projection, which is most of the
+// router's weights, each thread goes on with its own tokens.
 inline void route(const Context& s, const Team& team, const Layer& layer, int64_t index, Range own) {
     const Model& m = s.m;
-    const int64_t r = m.router_width, classes = m.experts + 1;
-    const float epsilon = float(m.epsilon);
+    const int64_t r = m.router_width, classes = m.experts + 1, count = own.end - own.begin;
     team.wait();
     multiply(team, {&layer.router_down, 0, s.b.normed, s.every_token(), {s.b.state, r}});
     team.wait();
-    for (int64_t t = own.begin; t < own.end; t++) {
-        float *state = s.b.state + t * r, *previous = s.b.previous + t * r, *hidden = s.b.hidden + t * r;
+    float *states = s.b.state + own.begin * r, *hidden = s.b.hidden + own.begin * r;
+    const Activations routed = s.b.routed.from(own.begin);
+    auto next = [&](const Matrix& weights, float* to, int64_t width) {
+        Product{&weights, 0, routed, {nullptr, nullptr, count}, {to, width}}.rows({0, weights.rows});
+    };
+    for (int64_t t = 0; t < count; t++) {
+        float *state = states + t * r, *previous = s.b.previous + (own.begin + t) * r;
         for (int64_t i = 0; i < r; i++) state[i] += layer.router_bias[i];
         if (layer.router_scale)
             for (int64_t i = 0; i < r; i++) state[i] += previous[i] * layer.router_scale[i];
         std::memcpy(previous, state, size_t(r) * 4);
-        rms_norm(state, layer.router_norm, r, epsilon, hidden);
-        s.b.routed.put(t, hidden);
+        rms_norm(state, layer.router_norm, r, float(m.epsilon), hidden + t * r);
+        routed.put(t, hidden + t * r);
     }
-    team.wait();
-    multiply(team, {&layer.fc1, 0, s.b.routed, s.every_token(), {s.b.hidden, r}});
-    team.wait();
-    for (int64_t t = own.begin; t < own.end; t++) {
-        gelu(s.b.hidden + t * r, layer.fc1_bias, r);
-        s.b.routed.put(t, s.b.hidden + t * r);
+    const std::pair<const Matrix*, const float*> hidden_layers[] = {{&layer.fc1, layer.fc1_bias}, {&layer.fc2, layer.fc2_bias}};
+    for (auto [weights, bias] : hidden_layers) {
+        next(*weights, hidden, r);
+        for (int64_t t = 0; t < count; t++) {
+            gelu(hidden + t * r, bias, r);
+            routed.put(t, hidden + t * r);
+        }
     }
-    team.wait();
-    multiply(team, {&layer.fc2, 0, s.b.routed, s.every_token(), {s.b.hidden, r}});
-    team.wait();
-    for (int64_t t = own.begin; t < own.end; t++) {
-        gelu(s.b.hidden + t * r, layer.fc2_bias, r);
-        s.b.routed.put(t, s.b.hidden + t * r);
-    }
-    team.wait();
-    multiply(team, {&layer.router_out, 0, s.b.routed, s.every_token(), {s.b.classes, classes}});
-    team.wait();
+    next(layer.router_out, s.b.classes + own.begin * classes, classes);
     for (int64_t t = own.begin; t < own.end; t++) {
         float* shares = s.b.classes + t * classes;
         float largest = shares[0], total = 0;
@@ -55,31 +52,37 @@ inline void route(const Context& s, const Team& team, const Layer& layer, int64_
         s.w.experts[t * m.layers + index] = uint8_t(choice);
     }
     team.wait();
-    if (team.index == 0) {
-        int64_t* begin = s.b.begin;
-        std::fill_n(begin, classes + 1, 0);
-        for (int64_t t = 0; t < s.w.tokens; t++) begin[s.b.choice[t] + 1]++;
-        for (int64_t e = 0; e < classes; e++) begin[e + 1] += begin[e];
-        std::vector<int64_t> next(begin, begin + classes);
-        for (int64_t t = 0; t < s.w.tokens; t++) s.b.order[next[size_t(s.b.choice[t])]++] = t;
-    }
-    team.wait();
 }
+
+// Tokens sorted by expert, the skip class last, and where each expert's begin.
+struct Visits {
+    std::vector<int64_t> order, begin, next;
+
+    void sort(const int32_t* choice, int64_t tokens, int64_t classes) {
+        begin.assign(size_t(classes + 1), 0);
+        for (int64_t t = 0; t < tokens; t++) begin[size_t(choice[t] + 1)]++;
+        for (int64_t e = 0; e < classes; e++) begin[size_t(e + 1)] += begin[size_t(e)];
+        next = begin;
+        order.resize(size_t(tokens));
+        for (int64_t t = 0; t < tokens; t++) order[size_t(next[size_t(choice[t])]++)] = t;
+    }
+};
 
 // y = W2 (silu(g) * u), [g, u] = W1 x, expert by expert; every thread has a share of each expert's rows.
 inline void run_experts(const Context& s, const Team& team, const Layer& layer) {
     const Model& m = s.m;
-    const int64_t visits = s.b.begin[m.experts];
+    static thread_local Visits visits;  // every thread sorts for itself: that takes less time than to wait
+    visits.sort(s.b.choice, s.w.tokens, m.experts + 1);
     Product first[MAX_PRODUCTS], second[MAX_PRODUCTS];
     for (int64_t e = 0; e < m.experts; e++) {
-        const int64_t begin = s.b.begin[e], count = s.b.begin[e + 1] - begin;
-        const int64_t* tokens = s.b.order + begin;
+        const int64_t begin = visits.begin[size_t(e)], count = visits.begin[size_t(e + 1)] - begin;
+        const int64_t* tokens = visits.order.data() + begin;
         first[e] = {&layer.gate_up, e, s.b.normed, {tokens, nullptr, count}, {s.b.gate_up + begin * 2 * m.width, 2 * m.width}};
         second[e] = {&layer.down, e, s.b.active.from(begin), {nullptr, tokens, count}, {s.b.y, m.hidden}};
     }
     multiply(team, first, m.experts);
     team.wait();
-    const Range own = team.share(visits);
+    const Range own = team.share(visits.begin[size_t(m.experts)]);
     for (int64_t i = own.begin; i < own.end; i++) {
         float* row = s.b.gate_up + i * 2 * m.width;
         gated(row, m.width);

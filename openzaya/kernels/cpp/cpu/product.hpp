@@ -370,7 +370,8 @@ constexpr int64_t MAX_PRODUCTS = 256;
 inline void multiply(const Team& team, const Product* products, int64_t count) {
     int64_t ends[MAX_PRODUCTS], lengths[MAX_PRODUCTS], units = 0;
     for (int64_t i = 0; i < count; i++) {
-        const int64_t rows = products[i].weights->rows, share = round_up(rows / (8 * team.size) + 1, 2 * LANES);
+        const int64_t rows = products[i].weights->rows, pieces = 8 * team.size;
+        const int64_t share = round_up((rows + pieces - 1) / pieces, 2 * LANES);
         lengths[i] = share;
         if (products[i].tokens.count) units += (rows + share - 1) / share;
         ends[i] = units;

@@ -33,11 +33,7 @@ inline void run_attention(const Context& s, const Team& team, const Layer& layer
     team.wait();
     project(s, team, layer);
     team.wait();
-    for (int64_t t = own.begin; t < own.end; t++) fill_taps(s, layer, index, t);
-    team.wait();
-    convolve(s, team, layer);
-    team.wait();
-    for (int64_t t = own.begin; t < own.end; t++) write_queries_keys_values(s, layer, index, t);
+    mix(s, team, layer, index);
     team.wait();
     team.each(int64_t(s.plan.pieces.size()), [&](int64_t i) { attend(s, layer, index, s.plan.pieces[size_t(i)]); });
     team.wait();
