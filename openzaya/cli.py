@@ -36,6 +36,7 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the mo
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the most likely tokens up to this share.")]
 TopK = Annotated[int, typer.Option(min=0, help="Keep the K most likely tokens; 0 keeps all.")]
 MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the most likely one.")]
+Quantize = Annotated[str | None, typer.Option(help="Run with int8, int4 or mixed weights: int4,down=int8.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same result.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
@@ -134,13 +135,17 @@ def init(
     print(written)
 
 
-@app.command(epilog="Example: openzaya convert runs/smoke/02-pretrain/model /tmp/small --quantize int4,down=int8")
+@app.command(epilog="Example: openzaya convert runs/smoke/02-pretrain/model /tmp/small --quantize int4")
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint directory or a hub id.")],
     destination: Annotated[Path, typer.Argument(help="Where to write; replaced only by a whole checkpoint.")],
     to: Annotated[str | None, typer.Option(help="native, legacy or openzaya.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="int8 or int4, with exceptions: int4,down=int8 (gate_up, down, attention, head).")
+        str | None,
+        typer.Option(
+            help="int8, or int4 (experts in 4 bits, attention and head in 8); with exceptions for gate_up, down, "
+            "attention, head: int4,head=float."
+        ),
     ] = None,
 ) -> None:
     """Rewrite a checkpoint in another layout, byte for byte, or quantise its matrices to 8 or 4 bits."""
@@ -178,14 +183,16 @@ def generate(
     max_tokens: MaxTokens = 256,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
     """Continue a text, or answer one message; tokens are printed as they are made."""
     params = _sampling(temperature, top_p, top_k, min_p, max_tokens, seed)
     text = _from_stdin(sys.stdin.read) if prompt == "-" else prompt
-    session = _session(model, dtype, device)
-    for piece in session.reply([{"role": "user", "content": text}], params) if chat else session.go_on(text, params):
-        print(piece, end="", flush=True)
+    message = [{"role": "user", "content": text}]
+    with _session(model, dtype, device, quantize) as session:
+        for piece in session.reply(message, params) if chat else session.go_on(text, params):
+            print(piece, end="", flush=True)
     print()
 
 
@@ -201,33 +208,34 @@ def chat(
     max_tokens: MaxTokens = 1024,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
     """Talk with a model; an empty line or the end of the input ends the chat."""
     from openzaya.problems.verify import split_response
 
     params = _sampling(temperature, top_p, top_k, min_p, max_tokens, seed)
-    session = _session(model, dtype, device)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    while True:
-        try:
-            text = _from_stdin(lambda: input("> " if sys.stdin.isatty() else ""))
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not text.strip():
-            break
-        messages.append({"role": "user", "content": text})
-        answer = ""
-        try:
-            for piece in session.reply(messages, params, enable_thinking=thinking):
-                answer += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            # Ctrl-C ends the answer, not the chat.
-            pass
-        print()
-        # Reasoning stays out of the history, as the model was trained; it may also not have come to an end.
-        messages.append({"role": "assistant", "content": split_response(answer)[1] or "..."})
+    with _session(model, dtype, device, quantize) as session:
+        while True:
+            try:
+                text = _from_stdin(lambda: input("> " if sys.stdin.isatty() else ""))
+            except (EOFError, KeyboardInterrupt):
+                break
+            if not text.strip():
+                break
+            messages.append({"role": "user", "content": text})
+            answer = ""
+            try:
+                for piece in session.reply(messages, params, enable_thinking=thinking):
+                    answer += piece
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                # Ctrl-C ends the answer, not the chat.
+                pass
+            print()
+            # Reasoning stays out of the history, as the model was trained; it may also not have come to an end.
+            messages.append({"role": "assistant", "content": split_response(answer)[1] or "..."})
 
 
 @app.command(epilog="Example: openzaya eval runs/smoke/04-sft/model --k 2 --per-cell 2 --json")
@@ -266,7 +274,7 @@ def eval(
     print(json.dumps(result) if as_json else _evaluation_text(result))
 
 
-@app.command(epilog="Example: openzaya quality runs/smoke/04-sft/model int4,down=int8 --tokens 2000")
+@app.command(epilog="Example: openzaya quality runs/smoke/04-sft/model int4 --tokens 2000")
 def quality(
     original: Annotated[str, typer.Argument(help="The float checkpoint: a directory or a hub id.")],
     quantised: Annotated[str, typer.Argument(help="Its quantised form: a directory, or a scheme such as int4.")],
@@ -369,7 +377,7 @@ def doctor(as_json: Json = False) -> None:
 @app.command(epilog="Example: openzaya plan --model zaya1-8b --quantize int4 --context 32k --batch 16")
 def plan(
     model: Annotated[str, typer.Option(help="A preset, a checkpoint directory or a hub id.")],
-    quantize: Annotated[str | None, typer.Option(help="int8, int4 or a mixture: int4,down=int8.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8, int4 or a mixture (see convert).")] = None,
     context: Annotated[str | None, typer.Option(help="Tokens a sequence, such as 32k; by default 8k.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     cache_dtype: Annotated[str, typer.Option(help="Keys and values: auto, float32, bfloat16 or int8.")] = "auto",
@@ -403,10 +411,10 @@ def _from_stdin(read: Callable[[], str]) -> str:
         raise DataError(f"the input is not {error.encoding} text (byte {error.start}); give text") from None
 
 
-def _session(model: str, dtype: str, device: str) -> Any:
+def _session(model: str, dtype: str, device: str, quantize: str | None) -> Any:
     from openzaya.infer.chat import ChatSession
 
-    return ChatSession.load(model, dtype=dtype, device=device)
+    return ChatSession.load(model, dtype=dtype, device=device, quantize=quantize)
 
 
 def _quantising(done: int, total: int, seconds: float) -> None:

@@ -170,7 +170,8 @@ def _zaya_config(folder: Path) -> dict[str, Any]:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {"config": ZayaConfig()} if isinstance(values, dict) and values.get("model_type") == "zaya" else {}
+    is_zaya = isinstance(values, dict) and values.get("model_type") in ("zaya", "openzaya")
+    return {"config": ZayaConfig()} if is_zaya else {}
 
 
 def is_own_template(tokenizer: PreTrainedTokenizerFast) -> bool:

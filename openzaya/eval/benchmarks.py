@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from openzaya.data.chat import render
 from openzaya.errors import DataError
 from openzaya.eval.statistics import mean_with_interval
-from openzaya.infer.generate import Completion, generate
+from openzaya.infer.generate import Completion, complete, engine_for
 from openzaya.infer.sampling import SamplingParams
 from openzaya.model.transformer import Zaya
 from openzaya.problems import NEVER_TRAINED, TRAINED_FAMILIES, Problem, Verdict, get_family, make_problem
@@ -107,15 +107,11 @@ def evaluate(
     shared = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
     greedy_params = SamplingParams(temperature=0, top_p=1, **shared)
     sampled_params = SamplingParams(temperature=config.temperature, top_p=config.top_p, **shared)
-    greedy = generate(model, prompts, greedy_params, max_rows=config.max_rows, progress=report("greedy"))
-    sampled = generate(
-        model,
-        prompts,
-        sampled_params,
-        num_samples=config.k,
-        max_rows=config.max_rows,
-        progress=report(f"{config.k} samples"),
-    )
+    # One engine for both: the prompts of the samples then come from its prefix cache.
+    num_rows = min(config.max_rows, len(prompts) * config.k)
+    with engine_for(model, prompts, sampled_params, num_rows) as engine:
+        greedy = complete(engine, prompts, greedy_params, progress=report("greedy"))
+        sampled = complete(engine, prompts, sampled_params, config.k, report(f"{config.k} samples"))
     answered = [
         judge(problem, greedy[i][0], sampled[i], tokenizer, strict=config.strict) for i, problem in enumerate(problems)
     ]

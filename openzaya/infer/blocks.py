@@ -5,8 +5,11 @@ key, a hash of all tokens up to its end and of the weights' version; the cache m
 
     free       nobody's
     held       by one or more sequences (its reference count)
-    cached     under its key, held or not; a cached block that nobody holds is given away when no free one is left,
-               least recently used first
+    cached     under its key, held or not; cached blocks that nobody holds are given away least recently used first
+
+The system backs a block with memory when it is first written, so a new block is taken where memory is backed already:
+the free block that was held last; else, once the cache has its share of the pool, a cached block; else a block that
+was never held; and a cached one again when there is none. So what is backed follows the load, not the pool's size.
 
 Pure bookkeeping: the memory itself is the runner's.
 """
@@ -20,6 +23,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from openzaya.infer.runner import BLOCK_TOKENS
+
+KEPT_SHARE = 4
+"""Cached blocks that nobody holds do not take more than one part in so many of the pool while others are untouched."""
+MIN_KEPT = 64
+"""But so many in any case."""
 
 
 def root_key(version: int) -> bytes:
@@ -38,11 +46,15 @@ def num_blocks_for(num_tokens: int) -> int:
 
 
 class BlockPool:
-    """``num_blocks`` blocks; every method leaves ``free + cached and unheld + held = num_blocks``."""
+    """``num_blocks`` blocks; every method leaves ``free + cached and unheld + untouched + held = num_blocks``."""
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free: list[int] = []
+        """Held before; the last one is taken first."""
+        self.num_touched = 0
+        """Blocks that were ever held: those below this number."""
+        self._num_kept = max(MIN_KEPT, num_blocks // KEPT_SHARE)
         self._holders = [0] * num_blocks
         self._key_of: dict[int, bytes] = {}
         self._cached: dict[bytes, int] = {}
@@ -53,7 +65,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated now, cached ones that nobody holds among them."""
-        return len(self._free) + len(self._unheld)
+        return len(self._free) + len(self._unheld) + self.num_blocks - self.num_touched
 
     @property
     def num_cached(self) -> int:
@@ -62,8 +74,12 @@ class BlockPool:
 
     def allocate(self) -> int | None:
         """A block with one holder, whatever its content; None where all are held."""
+        is_untouched_left = self.num_touched < self.num_blocks
         if self._free:
             block = self._free.pop()
+        elif is_untouched_left and len(self._unheld) < self._num_kept:
+            block = self.num_touched
+            self.num_touched += 1
         elif self._unheld:
             block, _ = self._unheld.popitem(last=False)
             self._forget(block)

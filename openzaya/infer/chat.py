@@ -1,18 +1,25 @@
-"""A model with its tokenizer, ready to talk: text in, pieces of text out."""
+"""A model with its tokenizer, ready to talk: text in, pieces of text out.
+
+    with ChatSession.load("path/or/hub-id", quantize="int8") as session:
+        for piece in session.reply([{"role": "user", "content": "Hello"}], SamplingParams()): ...
+
+One engine lives as long as the session, so what a conversation has said already comes from the prefix cache.
+"""
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from openzaya.data.chat import render
-from openzaya.data.tokenizer import encode_plain, load_tokenizer
-from openzaya.errors import ConfigError
-from openzaya.infer.generate import stream
+from openzaya.data.tokenizer import load_tokenizer
+from openzaya.errors import EngineError
+from openzaya.infer.engine import Engine
+from openzaya.infer.outputs import Delta, RequestOutput
 from openzaya.infer.sampling import SamplingParams
-from openzaya.model import hf
+from openzaya.infer.setup import load_model
 from openzaya.model.hub import resolve
 from openzaya.model.transformer import Zaya
 
@@ -21,27 +28,30 @@ if TYPE_CHECKING:
 
 
 class ChatSession:
-    """A loaded checkpoint. Stateless between calls: the caller keeps the messages."""
+    """A loaded checkpoint. The caller keeps the messages; :meth:`close` gives the cache's memory back."""
 
     def __init__(self, model: Zaya, tokenizer: PreTrainedTokenizerFast):
         self.model, self.tokenizer = model, tokenizer
+        self.engine = Engine(model, tokenizer, max_running=1)
+        self.num_cached_tokens = 0
+        """Tokens of the last prompt that came from the prefix cache."""
 
     @classmethod
-    def load(cls, path_or_hub_id: str, *, dtype: Any = "auto", device: str = "cpu") -> ChatSession:
-        """Load model and tokenizer; raises ``CheckpointError``, ``DataError`` or ``ConfigError`` with the reason."""
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"device '{device}' cannot be used here ({reason}); choose cpu, for example") from None
+    def load(
+        cls, path_or_hub_id: str, *, dtype: Any = "auto", device: str = "cpu", quantize: str | None = None
+    ) -> ChatSession:
+        """Load model and tokenizer, with weights in ``quantize`` (``int8``, ``int4`` or a mixture) where given.
+
+        Raises ``CheckpointError``, ``DataError`` or ``ConfigError`` with the reason.
+        """
         path = resolve(path_or_hub_id)
-        return cls(hf.load(path, dtype=dtype, device=device), load_tokenizer(path))
+        model, tokenizer = load_model(path, None, quantize, dtype, device)
+        # Says which file is missing.
+        return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer)
 
     def go_on(self, text: str, params: SamplingParams) -> Iterator[str]:
         """The continuation of ``text``."""
-        bos = self.tokenizer.bos_token_id
-        prefix = [] if bos is None else [bos]
-        return self._pieces(prefix + encode_plain(self.tokenizer, [text])[0], params)
+        return self._pieces(self.engine.encode(text), params)
 
     def reply(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams, *, enable_thinking: bool = True
@@ -51,19 +61,27 @@ class ChatSession:
         return self._pieces(rendered.tokens, params)
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
-        """Text as it becomes final: a character of several byte tokens is held back until it is whole."""
-        generated: list[int] = []
-        shown = ""
-        for token in stream(self.model, prompt, params):
-            generated.append(token)
-            text = self._text(generated)
-            if not text.endswith("�"):
-                yield text[len(shown) :]
-                shown = text
-        text = self._text(generated)
-        if text != shown:
-            yield text[len(shown) :]
+        """Text as it becomes final; an iterator that is closed before its end ends the generation."""
+        pieces: queue.SimpleQueue[Delta | RequestOutput | EngineError] = queue.SimpleQueue()
+        name = self.engine.submit(prompt, params, on_delta=pieces.put, on_end=pieces.put)
+        try:
+            while not isinstance(piece := pieces.get(), RequestOutput):
+                if isinstance(piece, EngineError):
+                    raise piece
+                if piece.text:
+                    yield piece.text
+            self.num_cached_tokens = piece.num_cached_tokens
+        finally:
+            self.engine.cancel(name)
 
-    def _text(self, tokens: list[int]) -> str:
-        # Cleaning up blanks may rewrite text that was already shown.
-        return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+    def close(self) -> None:
+        """End what is running and the engine with it."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -29,7 +29,7 @@ from openzaya.data.tokenizer import encode_batch
 from openzaya.errors import EngineError
 from openzaya.infer.constraint import make_constraint
 from openzaya.infer.outputs import FinishReason, TokenLogprob
-from openzaya.infer.sampling import Penalties, SamplingParams, UniformStream, draw
+from openzaya.infer.sampling import Penalties, SamplingParams, UniformStream, draw, draw_on_cpu
 from openzaya.infer.stopping import StopStrings
 from openzaya.infer.text import Detokeniser
 from openzaya.infer.thinking import Thinking
@@ -101,6 +101,7 @@ class SequenceState:
                     budget=params.thinking_budget,
                     answer_only=self._constraint is not None,
                 )
+        self._is_plain = self._penalties is None and self._thinking is None and not params.logit_bias
 
     @property
     def uniform(self) -> float:
@@ -111,6 +112,11 @@ class SequenceState:
     def forced(self) -> int | None:
         """The token that comes next whatever the model says, if one must."""
         return self._thinking.forced[0] if self._thinking is not None and self._thinking.forced else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether :meth:`adjust` would leave the logits as they are at this step."""
+        return self._is_plain and len(self.tokens) >= self.params.min_new_tokens
 
     def adjust(self, logits_V: Tensor) -> Tensor:
         """The logits to draw from; ``logits_V`` itself, unchanged, where no setting changes it."""
@@ -228,26 +234,48 @@ def choose(logits_BV: Tensor, states: Sequence[SequenceState]) -> list[TokenLogp
 
     ``logprob`` is NaN where no logprobs were asked for. Nothing about a state changes before its ``accept``.
     """
-    free = [row for row, state in enumerate(states) if state.forced is None]
-    tokens = [state.forced or 0 for state in states]
+    forced = [state.forced for state in states]
+    free = [row for row, token in enumerate(forced) if token is None]
+    tokens = [0 if token is None else token for token in forced]
     if free:
-        adjusted = [states[row].adjust(logits_BV[row]) for row in free]
-        uniforms_B = torch.tensor([states[row].uniform for row in free]).to(logits_BV.device)
-        drawn = draw(adjusted, [states[row].params for row in free], uniforms_B).tolist()
-        for row, token in zip(free, drawn, strict=True):
+        for row, token in zip(free, _draw(logits_BV, states, free), strict=True):
             tokens[row] = token
-    return [_with_logprobs(logits_BV[row], tokens[row], state.params.logprobs) for row, state in enumerate(states)]
+    wanted: dict[int, list[int]] = {}
+    for row, state in enumerate(states):
+        if state.params.logprobs is not None:
+            wanted.setdefault(state.params.logprobs, []).append(row)
+    chosen = [TokenLogprob(token, math.nan) for token in tokens]
+    for num_top, rows in wanted.items():
+        found = _with_logprobs(logits_BV[rows], [tokens[row] for row in rows], num_top)
+        for row, token_logprob in zip(rows, found, strict=True):
+            chosen[row] = token_logprob
+    return chosen
 
 
-def _with_logprobs(logits_V: Tensor, token: int, num_top: int | None) -> TokenLogprob:
-    if num_top is None:
-        return TokenLogprob(token, math.nan)
-    logprobs_V = logits_V.float().log_softmax(dim=-1)
+def _draw(logits_BV: Tensor, states: Sequence[SequenceState], free: list[int]) -> list[int]:
+    """The tokens of the rows ``free``."""
+    params = [states[row].params for row in free]
+    uniforms = [states[row].uniform for row in free]
+    adjusted: Tensor | list[Tensor] = logits_BV
+    if len(free) < len(states) or not all(state.is_plain for state in states):
+        adjusted = [states[row].adjust(logits_BV[row]) for row in free]
+    if logits_BV.device.type == "cpu":
+        return draw_on_cpu(adjusted, params, uniforms)
+    tokens: list[int] = draw(adjusted, params, torch.tensor(uniforms).to(logits_BV.device)).tolist()
+    return tokens
+
+
+def _with_logprobs(logits_BV: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprob]:
+    logprobs_BV = logits_BV.float().log_softmax(dim=-1)
+    chosen = logprobs_BV.gather(1, torch.tensor(tokens, device=logits_BV.device)[:, None])[:, 0].tolist()
     if num_top == 0:
-        return TokenLogprob(token, float(logprobs_V[token]))
-    best_K = logprobs_V.topk(min(num_top, len(logprobs_V)))
-    top = tuple(zip(best_K.indices.tolist(), best_K.values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs_V[token]), top)
+        return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, chosen, strict=True)]
+    best_BK = logprobs_BV.topk(min(num_top, logprobs_BV.shape[1]))
+    top = [
+        tuple(zip(ids, values, strict=True))
+        for ids, values in zip(best_BK.indices.tolist(), best_BK.values.tolist(), strict=True)
+    ]
+    return [TokenLogprob(*row) for row in zip(tokens, chosen, top, strict=True)]
 
 
 def _check(params: SamplingParams, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int) -> None:

@@ -96,10 +96,11 @@ class CpuRunner:
         self.keys = zeros_in_large_pages(*heads, BLOCK_TOKENS * width, dtype=dtype)
         self.values = zeros_in_large_pages(*heads, BLOCK_TOKENS * width, dtype=dtype)
         scales = heads if dtype == torch.int8 else (0, 0, 0)
-        self.key_scales = torch.zeros(*scales, BLOCK_TOKENS)
-        self.value_scales = torch.zeros(*scales, BLOCK_TOKENS)
-        self.slots = torch.zeros(self.num_slots, config.num_hidden_layers, state)
-        self.snapshots = torch.zeros(self.num_blocks, config.num_hidden_layers, state)
+        floats = torch.float32
+        self.key_scales = zeros_in_large_pages(*scales, BLOCK_TOKENS, dtype=floats)
+        self.value_scales = zeros_in_large_pages(*scales, BLOCK_TOKENS, dtype=floats)
+        self.slots = zeros_in_large_pages(self.num_slots, config.num_hidden_layers, state, dtype=floats)
+        self.snapshots = zeros_in_large_pages(self.num_blocks, config.num_hidden_layers, state, dtype=floats)
         self._memory = records.Memory(
             self.keys.data_ptr(),
             self.values.data_ptr(),

@@ -4,8 +4,9 @@ Filters are applied in the usual order: temperature, top-k, top-p, min-p. A toke
 cumulative distribution at a uniform number that belongs to the row's own seed and step, so a row's tokens do not
 depend on what else is in the batch.
 
-``probabilities`` is the plain form on any device: it sorts the vocabulary. On a CPU, where sorting 262,144 numbers
-takes longer than a layer of the model, ``draw`` finds the same tokens from one softmax and a few passes.
+``probabilities`` is the plain form on any device: it sorts the vocabulary. On a CPU, ``draw`` finds the same tokens
+with less work: a small vocabulary is sorted for all rows at once; of a large one, where sorting 262,144 numbers takes
+longer than a layer of the model, each row needs one softmax and a few passes.
 
 Shape suffixes: B rows, V vocabulary, G greedy rows.
 """
@@ -26,6 +27,8 @@ SMALLEST_TEMPERATURE = 1e-30
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
+SMALL_VOCABULARY = 4096
+"""Up to this size all rows are worked on together."""
 SORTED_AT_ONCE = 2048
 """Shares that are sorted as a whole; of more, first the neighbourhood of the border is found."""
 NUM_BUCKETS = 1024
@@ -145,13 +148,11 @@ def draw(
 ) -> Tensor:
     """One token id a row (int64 B); ``uniform_B`` in [0, 1) decides, and greedy decoding ignores it.
 
-    ``params`` are all rows' settings, or one for each row. A row's token depends on nothing but the row: on a CPU
-    rows are worked on one by one, and without sorting the vocabulary.
+    ``params`` are all rows' settings, or one for each row. A row's token depends on nothing but the row.
     """
     rows = [params] * len(logits_BV) if isinstance(params, SamplingParams) else list(params)
     if uniform_B.device.type == "cpu" and all(logits_V.device.type == "cpu" for logits_V in logits_BV):
-        numbers = uniform_B.tolist()
-        return torch.tensor([_draw_row(*row) for row in zip(logits_BV, rows, numbers, strict=True)], dtype=torch.int64)
+        return torch.tensor(draw_on_cpu(logits_BV, rows, uniform_B.tolist()), dtype=torch.int64)
     matrix_BV = logits_BV if isinstance(logits_BV, Tensor) else torch.stack(list(logits_BV))
     if all(row.temperature == 0 for row in rows):
         return _finite(matrix_BV).argmax(dim=-1)
@@ -159,6 +160,61 @@ def draw(
     # Rounding may leave the total a little off 1; scaled, the last kept token closes the range.
     threshold_B1 = uniform_B[:, None].to(cumulative_BV) * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0].clamp_max(matrix_BV.shape[1] - 1)
+
+
+def draw_on_cpu(
+    logits_BV: Tensor | Sequence[Tensor], params: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> list[int]:
+    """:func:`draw` for logits on the CPU, all as Python numbers."""
+    if not len(params):
+        return []
+    if len(logits_BV[0]) > SMALL_VOCABULARY:
+        return [_draw_row(*row) for row in zip(logits_BV, params, uniforms, strict=True)]
+    matrix_BV = _finite(logits_BV if isinstance(logits_BV, Tensor) else torch.stack(list(logits_BV)))
+    is_greedy = [row.temperature == 0 for row in params]
+    if all(is_greedy):
+        tokens: list[int] = matrix_BV.numpy().argmax(axis=1).tolist()
+        return tokens
+    tokens = _draw_together(matrix_BV, params, uniforms)
+    for row, greedy in enumerate(is_greedy):
+        if greedy:
+            tokens[row] = int(matrix_BV[row].numpy().argmax())
+    return tokens
+
+
+def _draw_together(logits_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+    """Every operation here gives each row the same bits whatever the other rows are, and however many."""
+    vocab = logits_BV.shape[1]
+    temperatures = [max(row.temperature, SMALLEST_TEMPERATURE) for row in params]
+    temperature_B1 = torch.tensor(temperatures, dtype=torch.float32)[:, None]
+    shares_BV = _shares(logits_BV, temperature_B1).numpy()
+    lowest_B1 = np.array([row.min_p for row in params], dtype=np.float32)[:, None] * shares_BV.max(
+        axis=1, keepdims=True
+    )
+    top_k_B = np.array([row.top_k if 0 < row.top_k < vocab else vocab for row in params])
+    top_p_B1 = np.array([row.top_p for row in params])[:, None]
+    if (top_k_B < vocab).any() or (top_p_B1 < 1).any():
+        ordered_BV = np.sort(shares_BV, axis=1)[:, ::-1].copy()
+        kth_B1 = np.take_along_axis(ordered_BV, top_k_B[:, None] - 1, axis=1)
+        ordered_BV *= ordered_BV >= kth_B1
+        reached_BV = torch.from_numpy(ordered_BV).cumsum(dim=1, dtype=torch.float64).numpy()
+        before_BV = reached_BV - ordered_BV
+        num_kept_B = ((before_BV < top_p_B1 * reached_BV[:, -1:]) & (ordered_BV > 0)).sum(axis=1)
+        # Rounding must not make top_p = 1 a filter.
+        num_kept_B = np.where(top_p_B1[:, 0] < 1, np.maximum(num_kept_B, 1), (ordered_BV > 0).sum(axis=1))
+        smallest_B1 = np.take_along_axis(ordered_BV, num_kept_B[:, None] - 1, axis=1)
+        kept_BV = shares_BV >= smallest_B1
+        surplus_B = kept_BV.sum(axis=1) - num_kept_B
+        for row in np.flatnonzero(surplus_B > 0):
+            # Of equals the token with the smaller id comes first.
+            kept_BV[row, np.flatnonzero(shares_BV[row] == smallest_B1[row])[-surplus_B[row] :]] = False
+        shares_BV = shares_BV * kept_BV
+    if (lowest_B1 > 0).any():
+        shares_BV = shares_BV * (shares_BV >= lowest_B1)
+    cumulative_BV = torch.from_numpy(shares_BV).cumsum(dim=1).numpy()
+    threshold_B1 = np.array(uniforms, dtype=np.float32)[:, None] * cumulative_BV[:, -1:]
+    places: list[int] = np.minimum((cumulative_BV <= threshold_B1).sum(axis=1), vocab - 1).tolist()
+    return places
 
 
 def _draw_row(logits_V: Tensor, params: SamplingParams, uniform: float) -> int:

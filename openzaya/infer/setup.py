@@ -12,7 +12,7 @@ import torch
 from openzaya.data.tokenizer import load_tokenizer
 from openzaya.errors import ConfigError, DataError, EngineError
 from openzaya.infer.blocks import num_blocks_for
-from openzaya.infer.runner import BLOCK_TOKENS, CacheDtype, Runner, block_bytes
+from openzaya.infer.runner import BLOCK_TOKENS, CacheDtype, Runner, block_bytes, slot_bytes
 from openzaya.infer.torch_runner import TorchRunner, resolve_cache_dtype
 from openzaya.model import hf
 from openzaya.model.hub import resolve
@@ -46,9 +46,8 @@ def load_model(
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device '{device}' cannot be used here ({reason}); choose cpu, for example") from None
     path = resolve(os.fspath(path_or_model))
-    model = hf.load(path, dtype=dtype, device=device)
-    if quantize is not None:
-        quantise_model(model, quantize)
+    # Reading weights from memory in large pages is faster than from a mapped file (docs/quantisation.md).
+    model = hf.load(path, dtype=dtype, device=device, quantize=quantize, mapped=False)
     if tokenizer is None:
         try:
             tokenizer = load_tokenizer(path)
@@ -71,8 +70,13 @@ def make_runner(
     dtype = resolve_cache_dtype(cache_dtype, model)
     size = block_bytes(model.config, dtype)
     wanted = max_running * num_blocks_for(model.config.max_position_embeddings)
-    if cache_bytes is None:
-        cache_bytes = int(available_bytes(model.device) * SHARE_OF_MEMORY)
+    free = int(available_bytes(model.device) * SHARE_OF_MEMORY)
+    if max_running * slot_bytes(model.config) > free:
+        raise EngineError(
+            f"max_running={max_running:,} sequences need {max_running * slot_bytes(model.config):,} bytes for their "
+            f"CCA states, and {free:,} may be used; lower max_running"
+        )
+    cache_bytes = free if cache_bytes is None else cache_bytes
     num_blocks = min(wanted, cache_bytes // size)
     if num_blocks < 1:
         raise EngineError(

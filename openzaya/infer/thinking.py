@@ -55,8 +55,9 @@ class Thinking:
 
     @property
     def banned(self) -> Sequence[int]:
-        """Tokens that cannot come next: opening another block when the budget is spent."""
-        return self.open_tokens if self._by_id and self._is_spent and self.phase == "answering" else ()
+        """Tokens that cannot come next: behind a block that the budget has closed, opening or closing another one."""
+        is_over = self._by_id and self._is_spent and self.phase == "answering"
+        return [*self.open_tokens, *self._close_tokens] if is_over else ()
 
     def push(self, token: int, text: str) -> None:
         """Take the next token and the text that it made final."""

@@ -7,6 +7,7 @@ of it that the kernels are expected to reach; quantising time is extrapolated fr
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ KERNEL_SHARE = 0.75
 PYTORCH_SHARE = 0.4
 """The same for plain PyTorch with float weights: about sixty small operations a layer stand between the reads."""
 SMALL_STEP_BYTES = 128e6
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 DOWNLOAD_BITS_PER_SECOND = 100e6
 """An assumption to set sizes against; it is written beside the time."""
 
@@ -112,7 +114,7 @@ def find_model(name: str) -> Source:
         config_path, is_local = path / "config.json", True
         if not config_path.is_file():
             raise CheckpointError(f"{path}: config.json is missing; pass a checkpoint directory")
-    elif "/" in name and not path.exists():
+    elif _HUB_ID.fullmatch(name) and not path.exists():
         config_path, is_local = _fetch_config(name), False
     else:
         raise ConfigError(

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from openzaya.errors import CheckpointError
+from openzaya.kernels.host import empty_in_large_pages
 from openzaya.model import hf_files
 from openzaya.model.config import ZayaConfig
 from openzaya.model.hf_config import Layout, write_config
@@ -38,7 +39,9 @@ from openzaya.model.hf_quantised import (
     Counting,
     Mapper,
     Progress,
+    already_quantised,
     describe,
+    quantise_stored,
     quantised_pair,
     write_scheme,
     write_tensors,
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
 DtypeChoice = Literal["auto", "float32", "bfloat16"] | torch.dtype
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+TABLE = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,30 @@ def load(
     dtype: DtypeChoice = "auto",
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    quantize: str | QuantScheme | None = None,
+    mapped: bool = True,
 ) -> Zaya:
     """The model in a checkpoint of any layout, in evaluation mode.
 
     Args:
         path_or_hub_id: a directory, or ``owner/name`` on the hub (hub.py).
         dtype: ``auto`` keeps each tensor as stored; balancing biases are float32 in any case.
-        device: where the tensors are put, one by one; peak memory is the weights and a little. Matrices of a
-            quantised checkpoint are mapped on the CPU, not copied: they take memory as they are used.
+        device: where the tensors are put, one by one; peak memory is the weights and a little. On the CPU large
+            ones lie in large pages, which are read faster.
         revision: branch, tag or commit of a hub id.
+        quantize: a scheme (:class:`QuantScheme`) for a float checkpoint: its matrices are quantised as they are read,
+            from the values stored. Peak memory is the quantised model and a little.
+        mapped: on the CPU, leave the matrices of a quantised checkpoint in their file: open at once, and in memory as
+            they are used. False copies them, as an engine does. An embedding table beside a quantised head stays in
+            the file either way.
 
     Raises:
-        CheckpointError: anything missing, unknown, truncated or inconsistent; nothing is half-loaded.
+        ConfigError: a scheme that cannot be read.
+        CheckpointError: anything missing, unknown, truncated or inconsistent, or quantised already; nothing is
+            half-loaded.
     """
     target = _parse_dtype(dtype)
+    scheme = QuantScheme.parse(quantize) if isinstance(quantize, str) else quantize
     survey = survey_checkpoint(resolve(path_or_hub_id, revision))
     declared = survey.raw_config.get("dtype", survey.raw_config.get("torch_dtype"))
     main = torch_dtype_name(survey.main_dtype)
@@ -113,26 +127,41 @@ def load(
         survey.problems.append(
             f"tensor groups {', '.join(required)} change the model and are not known here; upgrade openzaya"
         )
+    if survey.scheme is not None and scheme is not None:
+        survey.problems.append(already_quantised(survey.scheme))
     survey.refuse()
 
-    model = empty_model(survey.known_config, survey.scheme)
-    mapper = Mapper() if survey.scheme is not None and torch.device(device).type == "cpu" else None
+    to_quantise = [] if scheme is None else quantised_slots(empty_model(survey.known_config), scheme)
+    scheme = scheme or survey.scheme
+    model = empty_model(survey.known_config, scheme)
+    mapper = Mapper() if scheme is not None and torch.device(device).type == "cpu" else None
+    for slot in to_quantise:
+        packed, scales = (
+            _empty(meta.shape, meta.dtype, device) for meta in model.get_submodule(slot.name).buffers(recurse=False)
+        )
+        quantise_stored(slot, survey.sources[slot.source], packed, scales)
+        _assign(model, f"{slot.name}.packed", packed)
+        _assign(model, f"{slot.name}.scales", scales)
     for name, meta in model.state_dict().items():
+        if not meta.is_meta:
+            continue
         sources = survey.sources[name]
         stored_dtype, policy = hf_files.DTYPES[sources[0].dtype], dtype_policy(name)
         wanted = stored_dtype if target is None or policy == "stored" else target
         if policy == "float32":
             wanted = torch.float32
-        if mapper is not None and wanted == stored_dtype and meta.dim() > 1:
+        is_table = name == TABLE and model.lm_head is not None
+        stays = is_table or (mapped and survey.scheme is not None and meta.dim() > 1)
+        if mapper is not None and stays and wanted == stored_dtype:
             _assign(model, name, mapper.tensor(sources[0]))
             continue
-        tensor = torch.empty(meta.shape, dtype=wanted, device=device)
+        tensor = _empty(meta.shape, wanted, device)
         parts = [tensor] if len(sources) == 1 else list(tensor)
         for source, part in zip(sources, parts, strict=True):
             hf_files.read_into(source, part)
         _assign(model, name, tensor)
     # Training a quantised model is refused at the first gradient that is asked for, so none is.
-    return model.eval().requires_grad_(survey.scheme is None)
+    return model.eval().requires_grad_(scheme is None)
 
 
 def save(
@@ -216,7 +245,7 @@ def convert(
 
     Args:
         to: the layout; may be left out with ``quantize``.
-        quantize: a scheme such as "int8" or "int4,down=int8" (:class:`QuantScheme`).
+        quantize: a scheme such as "int8" or "int4,head=float" (:class:`QuantScheme`).
         progress: called while quantising, see :data:`Progress`.
 
     Raises:
@@ -242,10 +271,7 @@ def convert(
             f"it is quantised ({survey.scheme}), which layout '{to}' cannot hold; convert the original weights"
         )
     if survey.scheme is not None and scheme is not None:
-        survey.problems.append(
-            f"it is quantised already ({survey.scheme}); quantising its rounded weights again would add error: "
-            "convert the original weights"
-        )
+        survey.problems.append(already_quantised(survey.scheme))
     for native, stored in survey.sources.items():
         if len({part.dtype for part in stored}) > 1:
             survey.problems.append(f"{native}: its experts are stored in different types; write them in one type")
@@ -349,6 +375,12 @@ def _parse_dtype(dtype: DtypeChoice) -> torch.dtype | None:
     if dtype not in named:
         raise CheckpointError(f"dtype={dtype!r}, expected one of {', '.join(named)} or a torch.dtype")
     return named[dtype]
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: str | torch.device) -> torch.Tensor:
+    if torch.device(device).type == "cpu":
+        return empty_in_large_pages(*shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _assign(model: Zaya, name: str, tensor: torch.Tensor) -> None:

@@ -76,6 +76,14 @@ def write_scheme(scheme: QuantScheme) -> dict[str, Any]:
     return {"version": QUANTISATION_VERSION, **scheme.model_dump()}
 
 
+def already_quantised(scheme: QuantScheme) -> str:
+    """Why a quantised checkpoint is not quantised again."""
+    return (
+        f"it is quantised already ({scheme}); quantising its rounded weights again would add error: take the original "
+        "weights"
+    )
+
+
 def check_stored_types(state: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> list[str]:
     """Problems with the types of packed codes and scales."""
     problems = []
@@ -100,7 +108,7 @@ class QuantisedSource:
 
     def __init__(self, slot: Slot, stored: Sequence[StoredTensor], on_weights: Callable[[int], None]):
         *leading, rows, columns = slot.shape
-        self.slot, self.stored, self.rows, self.columns = slot, stored, rows, columns
+        self.slot, self.stored, self.columns = slot, stored, columns
         self.on_weights = on_weights
         self._scales: list[Tensor] = []
         shape = (slot.format, rows, columns, tuple(leading))
@@ -110,14 +118,11 @@ class QuantisedSource:
 
     def _packed_chunks(self) -> Iterator[Any]:
         self._scales = []
-        for piece in self._pieces():
+        for piece in float_pieces(self.slot, self.stored):
             shape = (self.slot.format, piece.shape[0], self.columns)
             packed = torch.empty(packed_shape(*shape), dtype=torch.uint8)
             scales = torch.empty(scales_shape(*shape), dtype=scales_dtype(self.slot.format))
-            try:
-                quantise_into(piece, packed, scales, self.slot.format)
-            except CheckpointError as error:
-                raise CheckpointError(f"{self.slot.source}: {error}") from None
+            _quantise_piece(self.slot, piece, packed, scales)
             self._scales.append(scales)
             self.on_weights(piece.numel())
             yield from hf_files.tensor_chunks(packed)
@@ -127,23 +132,50 @@ class QuantisedSource:
         for part in scales:
             yield from hf_files.tensor_chunks(part)
 
-    def _pieces(self) -> Iterator[Tensor]:
-        """Float matrices in order, cut into whole blocks of rows."""
-        step = max(1, _PIECE_BYTES // (4 * self.columns * ROW_BLOCK)) * ROW_BLOCK
-        row_bytes = self.columns * hf_files.DTYPES[self.stored[0].dtype].itemsize
-        for stored in self.stored:
-            for first in range(0, stored.num_bytes, self.rows * row_bytes):
-                for begin in range(0, self.rows, step):
-                    count = min(step, self.rows - begin)
-                    piece = replace(
-                        stored,
-                        shape=(count, self.columns),
-                        offset=stored.offset + first + begin * row_bytes,
-                        num_bytes=count * row_bytes,
-                    )
-                    tensor = torch.empty(piece.shape, dtype=hf_files.DTYPES[stored.dtype])
-                    hf_files.read_into(piece, tensor)
-                    yield tensor
+
+def float_pieces(slot: Slot, stored: Sequence[StoredTensor]) -> Iterator[Tensor]:
+    """A stored float matrix, or the matrices of a stack in order, cut into whole blocks of rows."""
+    rows, columns = slot.shape[-2:]
+    step = max(1, _PIECE_BYTES // (4 * columns * ROW_BLOCK)) * ROW_BLOCK
+    for source in stored:
+        dtype = hf_files.DTYPES[source.dtype]
+        row_bytes = columns * dtype.itemsize
+        for first in range(0, source.num_bytes, rows * row_bytes):
+            for begin in range(0, rows, step):
+                count = min(step, rows - begin)
+                piece = replace(
+                    source,
+                    shape=(count, columns),
+                    offset=source.offset + first + begin * row_bytes,
+                    num_bytes=count * row_bytes,
+                )
+                tensor = torch.empty(piece.shape, dtype=dtype)
+                hf_files.read_into(piece, tensor)
+                yield tensor
+
+
+def quantise_stored(slot: Slot, stored: Sequence[StoredTensor], packed: Tensor, scales: Tensor) -> None:
+    """Quantise a stored float matrix, or a stack, into ``packed`` and ``scales``, a piece at a time.
+
+    Raises:
+        CheckpointError: weights that are not finite, or a file that ends early.
+    """
+    num_leading = len(slot.shape) - 2
+    blocks, block_scales = (
+        tensor.view(-1, *tensor.shape[num_leading + 1 :]) for tensor in (packed, scales)
+    )  # (all row blocks of all matrices, ...): pieces end where blocks end, so they follow one another
+    begin = 0
+    for piece in float_pieces(slot, stored):
+        end = begin + -(-piece.shape[0] // ROW_BLOCK)
+        _quantise_piece(slot, piece.to(packed.device), blocks[begin:end], block_scales[begin:end])
+        begin = end
+
+
+def _quantise_piece(slot: Slot, piece: Tensor, packed: Tensor, scales: Tensor) -> None:
+    try:
+        quantise_into(piece, packed, scales, slot.format)
+    except CheckpointError as error:
+        raise CheckpointError(f"{slot.source}: {error}") from None
 
 
 class Counting:

@@ -208,36 +208,49 @@ class QuantScheme(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> QuantScheme:
-        """A scheme from "int8", "int4", or one of them with exceptions: "int4,down=int8,head=int8".
+        """A scheme from a name, or a name with exceptions: "int4", "int8,down=int4", "int4,head=float".
+
+        ``int8`` and ``float`` mean that format for every matrix; ``int4`` is the mixture to take: experts in 4 bits,
+        attention and head in 8. Four bits everywhere is "int4,attention=int4,head=int4".
 
         Raises:
             ConfigError: unknown kinds or formats, a kind twice, or nothing to quantise.
         """
-        default, *exceptions = (part.strip() for part in text.split(","))
+        name, *exceptions = (part.strip() for part in text.split(","))
         known = get_args(FormatOrFloat)
-        pairs = [(kind, default) for kind in cls.model_fields]
+        pairs: list[tuple[str, str]] = []
         for exception in exceptions:
             kind, _, format = (part.strip() for part in exception.partition("="))
             pairs.append((kind, format))
-        given = [kind for kind, _ in pairs[len(cls.model_fields) :]]
-        unknown = [f"{kind}={format}" for kind, format in pairs if kind not in cls.model_fields or format not in known]
-        if unknown or len(set(given)) < len(given):
+        unknown = [kind for kind, format in pairs if kind not in cls.model_fields or format not in known]
+        if name not in _NAMED or unknown or len(dict(pairs)) < len(pairs):
             raise ConfigError(
                 f"quantisation '{text}': expected int8, int4 or float, then exceptions of {', '.join(cls.model_fields)}"
-                " each once, as in 'int4,down=int8'"
+                " each once, as in 'int4,head=float'"
             )
-        scheme = cls(**dict(pairs))
-        if scheme == cls(gate_up="float", down="float", attention="float", head="float"):
+        scheme = cls(**{**_NAMED[name], **dict(pairs)})
+        if set(scheme.model_dump().values()) == {"float"}:
             raise ConfigError(f"quantisation '{text}' leaves every matrix in float; name int8 or int4 for one of them")
         return scheme
 
     def __str__(self) -> str:
         """The shortest text that :meth:`parse` reads back."""
         formats = self.model_dump()
-        values = list(formats.values())
-        default = max(dict.fromkeys(values), key=values.count)
-        exceptions = [f"{kind}={format}" for kind, format in formats.items() if format != default]
-        return ",".join([default, *exceptions])
+        texts: list[list[str]] = [
+            [name, *(f"{kind}={format}" for kind, format in formats.items() if format != named[kind])]
+            for name, named in _NAMED.items()
+        ]
+        shortest = min(texts, key=len)
+        return ",".join(shortest)
+
+
+_NAMED: dict[str, dict[str, FormatOrFloat]] = {
+    "int8": dict.fromkeys(QuantScheme.model_fields, "int8"),
+    "float": dict.fromkeys(QuantScheme.model_fields, "float"),
+    # Most weights are the experts'. Attention and head are few, and rounding them costs more (docs/quantisation.md).
+    "int4": {"gate_up": "int4", "down": "int4", "attention": "int8", "head": "int8"},
+}
+"""By the name in a text. Of two equally short texts the earlier name writes it: the others say what they mean."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ stream.
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,9 @@ def check_options(options: ServeOptions) -> None:
         raise ConfigError(f"effort '{options.effort}' is unknown; choose one of: {', '.join(get_args(Effort))}")
     if options.cache_dtype not in ("auto", "float32", "bfloat16", "int8"):
         raise ConfigError(f"cache_dtype '{options.cache_dtype}' is unknown; choose auto, float32, bfloat16 or int8")
+    for name, value in (("cache-gb", options.cache_gb), ("max-body-mb", options.max_body_mb)):
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"--{name} is {value}, expected a finite number; give another, or leave it out")
 
 
 def model_names(options: ServeOptions) -> tuple[str, ...]:
@@ -88,6 +92,8 @@ def serve_model(options: ServeOptions, progress: object = None) -> None:
     from openzaya.serve.settings import ServerSettings
 
     context = None if options.context is None else parse_tokens(options.context)
+    if context is not None and context < 2:
+        raise ConfigError(f"context={context}, expected at least 2: one token of prompt and one of answer; raise it")
     guarded = options.api_key is None and is_loopback(options.host)
     settings = ServerSettings(
         model_names=model_names(options),
@@ -118,8 +124,11 @@ def serve_model(options: ServeOptions, progress: object = None) -> None:
         with engine:
             if not is_loopback(options.host) and options.api_key is None:
                 _say("warning: anyone who reaches this machine can use the server")
-            print(f"serving {settings.model_name} at {url_of(listener)}", flush=True)
-            run_server(engine, settings, listener)
+
+            def announce() -> None:
+                print(f"serving {settings.model_name} at {url_of(listener)}", flush=True)
+
+            run_server(engine, settings, listener, announce)
 
 
 def _plan(options: ServeOptions, context: int | None) -> str:

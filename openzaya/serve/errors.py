@@ -63,6 +63,8 @@ def from_http(error: HTTPException) -> ApiError:
     message = str(error.detail or HTTPStatus(error.status_code).phrase)
     if error.status_code == 404:
         message = "no such path; /openapi.json lists those there are"
+    if error.status_code == 405:
+        message = "this path does not take that method; /openapi.json lists those there are"
     return ApiError(error.status_code, message, code=_code(error.status_code), headers=error.headers)
 
 
@@ -70,10 +72,12 @@ def from_validation(errors: Sequence[Any], *, prefix: int = 0) -> ApiError:
     """The first of pydantic's errors as a 400. ``prefix``: leading parts of the place to leave out."""
     if not errors:
         return bad_request("the request is not valid")
-    # Of the alternatives of a union, the one that fits best got furthest.
-    error = max(errors, key=lambda one: len(one.get("loc", ())))
-    param = ".".join(str(part) for part in error.get("loc", ())[prefix:] if not _is_alternative(part)) or None
-    message = str(error.get("msg", "not valid")).removeprefix("Value error, ")
+    error = max(errors, key=_fit)
+    param = _place(error, prefix)
+    # Alternatives that fit equally badly are all named.
+    equal = [one for one in errors if _fit(one) == _fit(error) and _place(one, prefix) == param]
+    messages = [str(one.get("msg", "not valid")).removeprefix("Value error, ") for one in equal]
+    message = " or ".join(dict.fromkeys(messages)).replace(" or Input should be ", " or ")
     if error.get("type") != "missing" and "input" in error:
         message += f"; found {shown(error['input'])}"
     return bad_request(f"{param}: {message}" if param else message, param)
@@ -93,6 +97,15 @@ def shown(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         text = type(value).__name__
     return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
+
+
+def _fit(error: Any) -> tuple[bool, int]:
+    """How well an alternative of a union fits: one of the right type got further than one of another."""
+    return not str(error.get("type", "")).endswith("_type"), len(error.get("loc", ()))
+
+
+def _place(error: Any, prefix: int) -> str | None:
+    return ".".join(str(part) for part in error.get("loc", ())[prefix:] if not _is_alternative(part)) or None
 
 
 def _is_alternative(part: int | str) -> bool:

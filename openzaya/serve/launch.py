@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -91,8 +92,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def run_server(engine: Engine, settings: ServerSettings, listener: socket.socket) -> None:
-    """Serve until a signal comes; returns when all is finished. Only in the main thread."""
+def run_server(
+    engine: Engine, settings: ServerSettings, listener: socket.socket, on_listening: Callable[[], None] | None = None
+) -> None:
+    """Serve until a signal comes; returns when all is finished. Only in the main thread.
+
+    Args:
+        on_listening: called once, when connections to the socket are no longer refused.
+    """
     set_up_logging()
     app = create_app(engine, settings)
     config = uvicorn.Config(
@@ -106,6 +113,8 @@ def run_server(engine: Engine, settings: ServerSettings, listener: socket.socket
     )
     listener.listen(BACKLOG)
     server = DrainingServer(config, app.state.service)
+    if on_listening is not None:
+        on_listening()
     asyncio.run(server.serve(sockets=[listener]))
 
 

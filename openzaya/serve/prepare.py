@@ -7,9 +7,11 @@ own. A copy appears under its name only when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from openzaya.errors import ConfigError
@@ -17,6 +19,11 @@ from openzaya.kernels.build import cache_directory
 from openzaya.model import hf
 from openzaya.model.hub import resolve
 from openzaya.model.quantised import QuantScheme
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Progress = Callable[[int, int, float], None]
 
@@ -50,5 +57,26 @@ def prepare(model: str, quantize: str | None, progress: Progress | None = None) 
         return directory
     copy = quantised_path(model, directory, scheme)
     if not (copy / "config.json").is_file():
-        hf.convert(directory, copy, quantize=scheme, progress=progress)
+        with _alone(copy):
+            if not (copy / "config.json").is_file():
+                hf.convert(directory, copy, quantize=scheme, progress=progress)
     return copy
+
+
+@contextlib.contextmanager
+def _alone(copy: Path) -> Iterator[None]:
+    """One process at a time makes ``copy``; the others wait. What a killed one left behind is removed."""
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        lock = (copy.parent / f".{copy.name}.lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"{copy.parent}: cannot be written ({error.strerror}); name another directory in OPENZAYA_CACHE"
+        ) from None
+    with lock:
+        if fcntl is not None:
+            # The system lets go of it when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in copy.parent.glob(f".{copy.name}.writing-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from openzaya.data.tokenizer import THINK_CLOSE
 from openzaya.infer.outputs import Delta
 from openzaya.infer.sampling import SamplingParams
 from openzaya.serve.answer import Answer, chat_logprobs
@@ -47,6 +48,8 @@ class Exchange:
     created: int = field(default_factory=lambda: int(time.time()))
     output: OutputItems = field(default_factory=OutputItems)
     answer: Answer = field(init=False)
+    pending: list[dict[str, Any]] = field(default_factory=list)
+    """Log probabilities of tokens whose text is still held back."""
 
     def __post_init__(self) -> None:
         parallel = self.request.parallel_tool_calls is not False
@@ -54,12 +57,13 @@ class Exchange:
 
     def feed(self, delta: Delta) -> Iterator[Event]:
         """The events of a delta; the last ones close what is open."""
-        logprobs: list[dict[str, Any]] = []
         if self.params.logprobs is not None:
-            logprobs = chat_logprobs(self.service.token_texts, delta.logprobs or [], self.params.logprobs)
+            for one in chat_logprobs(self.service.token_texts, delta.logprobs or [], self.params.logprobs):
+                # What is before the end of the reasoning is no token of the answer.
+                self.pending = [] if one["token"] == THINK_CLOSE and not self.answer.content else [*self.pending, one]
         for part in self.answer.feed(delta):
-            yield from self.output.add(part, logprobs)
-            logprobs = []
+            yield from self.output.add(part, self.pending)
+            self.pending = []
         if delta.finish_reason is not None:
             yield from self.output.close("incomplete" if delta.finish_reason == "length" else "completed")
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from openzaya.infer.blocks import BlockPool, next_key, num_blocks_for, root_key
+from openzaya.infer.blocks import KEPT_SHARE, BlockPool, next_key, num_blocks_for, root_key
 
 NUM_BLOCKS = 6
 EXPERTS = np.zeros((64, 2), dtype=np.uint8)
@@ -20,6 +20,8 @@ class Blocks(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS)
+        # So that all ways to find a block are taken.
+        self.pool._num_kept = 2
         self.owners: list[list[int]] = []
         self.content: dict[int, bytes] = {}
         """What each block was last published as; a new allocation forgets it."""
@@ -35,8 +37,10 @@ class Blocks(RuleBasedStateMachine):
     @precondition(lambda self: self.owners)
     @rule(data=st.data())
     def allocate(self, data) -> None:
+        touched = self.pool.num_touched
         block = self.pool.allocate()
         assert (block is None) == (len(set(self.held())) == NUM_BLOCKS)
+        assert self.pool.num_touched - touched in (0, 1)
         if block is not None:
             assert block not in self.held()
             data.draw(st.sampled_from(self.owners)).append(block)
@@ -115,6 +119,38 @@ def test_the_least_recently_used_cached_block_goes_first() -> None:
     pool.release(blocks[1])
     assert [pool.allocate() for _ in range(4)] == [blocks[0], blocks[2], blocks[1], None]
     assert pool.num_cached == 0
+
+
+def test_freed_blocks_are_taken_again_before_untouched_ones() -> None:
+    pool = BlockPool(1000)
+    first = [pool.allocate() for _ in range(5)]
+    for block in first:
+        pool.release(block)
+    # The last one freed is the first to be taken, whether it went through the cache or not.
+    assert [pool.allocate() for _ in range(5)] == first[::-1]
+    for number, block in enumerate(first):
+        pool.publish(block, b"%d" % number, EXPERTS)
+        pool.release(block)
+    pool.clear_cache()
+    assert sorted(pool.allocate() for _ in range(5)) == sorted(first)
+    assert pool.num_touched == 5
+
+
+def test_light_load_leaves_most_of_the_pool_untouched() -> None:
+    pool, num_keys = BlockPool(1000), 0
+    for _ in range(500):
+        blocks = [pool.allocate() for _ in range(7)]
+        assert None not in blocks and len(set(blocks)) == 7
+        for block in blocks[:6]:
+            num_keys += 1
+            pool.publish(block, b"%d" % num_keys, EXPERTS)
+        for block in reversed(blocks):
+            pool.release(block)
+    assert pool.num_touched <= 1000 // KEPT_SHARE + 7
+    # What was used last is still there, and a heavy load gets all blocks.
+    assert all(pool.find(b"%d" % (num_keys - back)) is not None for back in range(1000 // KEPT_SHARE - 6))
+    assert len({pool.allocate() for _ in range(1000)}) == 1000
+    assert pool.allocate() is None and pool.num_cached == 0
 
 
 def test_wrong_calls_are_seen() -> None:

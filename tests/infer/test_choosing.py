@@ -80,6 +80,22 @@ def test_without_settings_the_logits_are_not_copied() -> None:
     assert state_of(tokenizer=byte_level(), stop=("a",), logprobs=3).adjust(logits) is logits
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"logit_bias": {7: 100.0}}, {"presence_penalty": -2.0}, {"thinking_budget": 9, "tokenizer": 1}, {}],
+    ids=str,
+)
+def test_each_setting_alone_reaches_the_choice(setting: dict[str, Any]) -> None:
+    tokenizer = byte_level() if setting.pop("tokenizer", None) else None
+    state = state_of(tokenizer=tokenizer, temperature=0, **setting)
+    feed(state, [7])
+    assert state.is_plain == (not setting)
+    logits = torch.zeros(2, VOCAB_SIZE)
+    logits[:, 3] = 1
+    wanted = 7 if {"logit_bias", "presence_penalty"} & set(setting) else 3
+    assert [chosen.token for chosen in choose(logits, [state, state])] == [wanted] * 2
+
+
 def test_penalties_of_many_tokens() -> None:
     tokens = [token % 300 for token in range(700)]
     state = state_of(frequency_penalty=0.01, presence_penalty=-1, max_new_tokens=10_000, ignore_eos=True)

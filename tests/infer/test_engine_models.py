@@ -156,9 +156,11 @@ def test_new_weights_between_two_steps(backend: str) -> None:
     model = Zaya(old.config)
     model.load_state_dict(old.state_dict())
     prompt = make_prompts(1, (130, 130), 200)[0]
-    params = SamplingParams(temperature=1.5, max_new_tokens=40, ignore_eos=True)
+    # The text fills a block with the old weights, and another one with the new weights.
+    params = SamplingParams(temperature=1.5, max_new_tokens=80, ignore_eos=True)
     with Engine(model, backend=backend, cache_bytes=10**7) as engine:
         assert engine.generate([prompt], params)[0].completions[0].tokens == naive(old, prompt, params)
+        assert engine.stats().blocks_cached == 3
         changed, ended = threading.Event(), threading.Event()
         outputs = []
 
@@ -183,9 +185,12 @@ def test_new_weights_between_two_steps(backend: str) -> None:
         assert completion.versions == sorted(completion.versions) and set(completion.versions) == {0, 1}
         num_old = completion.versions.count(0)
         assert completion.tokens[:num_old] == naive(old, prompt, params)[:num_old]
+        # What the old weights left in the cache, and what was run behind it, is offered to nobody.
+        assert engine.stats().blocks_cached == 0
         again = engine.generate([prompt], params)[0]
         assert again.num_cached_tokens == 0 and set(again.completions[0].versions) == {1}
         assert again.completions[0].tokens == naive(new, prompt, params)
+        assert engine.generate([prompt], params)[0].num_cached_tokens == 128
 
 
 def test_weights_that_do_not_fit_change_nothing() -> None:

@@ -163,9 +163,9 @@ def test_the_verb_refuses(checkpoint, tmp_path):
 
 
 def test_the_verb_convert(checkpoint, tmp_path):
-    done = openzaya("convert", checkpoint, tmp_path / "out", "--quantize", "int4,attention=int8")
-    assert done.code == 0 and "int4,attention=int8" in done.out and "M/s" in done.err
+    done = openzaya("convert", checkpoint, tmp_path / "out", "--quantize", "int4,attention=int4")
+    assert done.code == 0 and "int4,attention=int4" in done.out and "M/s" in done.err
     assert openzaya("generate", tmp_path / "out", "1+1", "--max-tokens", 3).code == 0
-    assert json.loads(openzaya("inspect", tmp_path / "out", "--json").out)["quantisation"]["attention"] == "int8"
+    assert json.loads(openzaya("inspect", tmp_path / "out", "--json").out)["quantisation"]["attention"] == "int4"
     assert "--quantize" in openzaya("convert", checkpoint, tmp_path / "out").err
     assert "native" in openzaya("convert", tmp_path / "out", tmp_path / "x", "--to", "native").err

@@ -179,7 +179,11 @@ def shaped_logits(shape: str, vocab: int, generator: torch.Generator) -> torch.T
 
 @pytest.mark.parametrize("shape", ["peaked", "flat", "equal", "ties", "masked"])
 @pytest.mark.parametrize("vocab", [50, SORTED_AT_ONCE - 1, 3 * SORTED_AT_ONCE])
-def test_the_fast_draw_keeps_the_tokens_that_the_plain_form_keeps(shape: str, vocab: int) -> None:
+@pytest.mark.parametrize("is_together", [True, False])
+def test_the_fast_draw_keeps_the_tokens_that_the_plain_form_keeps(
+    shape: str, vocab: int, is_together: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr(sampling, "SMALL_VOCABULARY", vocab if is_together else 0)
     generator = torch.Generator().manual_seed(vocab)
     logits = shaped_logits(shape, vocab, generator)[None]
     filters = [
@@ -223,6 +227,22 @@ def test_the_nucleus_is_the_plain_forms(shape: str, top_p: float) -> None:
             continue
         kept = probabilities(logits[None], SamplingParams(top_p=top_p))[0].nonzero()[:, 0]
         assert sampling._nucleus(logits.softmax(0).numpy(), top_p).nonzero()[0].tolist() == kept.tolist()
+
+
+def test_many_rows_are_drawn_as_each_alone() -> None:
+    """Bit for bit: numbers at the borders of tokens, odd sizes, ties, all kinds of filters side by side."""
+    generator = torch.Generator().manual_seed(4)
+    for vocab in (1, 3, 37, 1000, 1024, 4095):
+        logits = torch.randn(50, vocab, generator=generator).mul(4).round() / 2
+        rows = [SamplingParams(**SETTINGS[row % len(SETTINGS)]) for row in range(50)]
+        cumulative = torch.stack([probabilities(logits[row : row + 1], rows[row])[0].cumsum(0) for row in range(50)])
+        borders = cumulative.gather(1, torch.randint(0, vocab, (50, 1), generator=generator))[:, 0].clamp_max(
+            1 - 2**-24
+        )
+        for uniform in (borders, torch.rand(50, generator=generator)):
+            together = draw(logits, rows, uniform)
+            alone = [draw(logits[row : row + 1], rows[row], uniform[row : row + 1]) for row in range(50)]
+            assert torch.equal(together, torch.cat(alone))
 
 
 def test_rows_with_settings_of_their_own_are_as_if_alone() -> None:

@@ -38,7 +38,7 @@ def test_expert_bytes_by_hand() -> None:
     for text, expert in (
         ("int8", weights + 4 * rows),
         ("int4", weights // 2 + 2 * rows * 2),
-        ("int4,down=int8", 208 * 128 // 2 + 2 * 208 * 2 + 80 * 128 + 4 * 80),
+        ("int8,gate_up=int4", 208 * 128 // 2 + 2 * 208 * 2 + 80 * 128 + 4 * 80),
     ):
         costs = costs_of(SMALL, QuantScheme.parse(text), torch.bfloat16)
         assert by_kind(costs)["experts"] == 3 * 5 * expert
@@ -51,14 +51,15 @@ def test_zaya1_8b_by_hand() -> None:
     projections = 2 * 2048 * 1024 + 2 * 2048 * 256
     int4 = by_kind(costs_of(preset("zaya1-8b"), QuantScheme.parse("int4"), torch.bfloat16))
     assert int4["experts"] == layers * experts * 3 * size * (64 // 2 + 2) // 64
-    assert int4["head"] == 262_272 * 2048 * (64 // 2 + 2) // 64
+    plain = by_kind(costs_of(preset("zaya1-8b"), QuantScheme.parse("int4,head=int4"), torch.bfloat16))
+    assert plain["head"] == 262_272 * 2048 * (64 // 2 + 2) // 64
     int8 = by_kind(costs_of(preset("zaya1-8b"), QuantScheme.parse("int8"), torch.bfloat16))
     assert int8["experts"] == layers * experts * (3 * size + 4 * (4096 + 2048))
-    assert int8["head"] == 262_272 * (2048 + 4)
+    assert int8["head"] == int4["head"] == 262_272 * (2048 + 4)
     assert int8["embedding"] == int4["embedding"] == 262_272 * 2048 * 2
     convolutions = 1280 * (2 + 2 * 128) + 2 * 1280 + 2
     rows = 1024 + 256 + 128 + 128 + 2048
-    assert int8["attention"] == layers * (projections + 4 * rows + 2 * convolutions)
+    assert int8["attention"] == int4["attention"] == layers * (projections + 4 * rows + 2 * convolutions)
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4", "int8,gate_up=int4,head=float", "float,attention=int4"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from openzaya.errors import CheckpointError, ConfigError
+from openzaya.kernels.host import LARGE_PAGE_BYTES
 from openzaya.model import hf, hf_files, hf_quantised
 from openzaya.model.quantised import QuantisedMatrix, quantise_model
 from openzaya.model.transformer import Zaya
@@ -20,7 +23,7 @@ from openzaya.train.recipe import ModelChoice
 from tests.model.hf_miniatures import MINI
 from tests.model.test_hf_memory import MEDIUM, peak_bytes, weight_bytes, write_random
 
-SCHEMES = ["int8", "int4", "int4,down=int8,head=float"]
+SCHEMES = ["int8", "int4", "int4,attention=int4,head=int4", "int4,down=int8,head=float"]
 TOKENS = torch.arange(2 * 12).view(2, 12)
 
 
@@ -43,7 +46,7 @@ def sources(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def quantised(sources, tmp_path) -> Path:
-    hf.convert(sources / "native", tmp_path / "quantised", quantize="int4,down=int8")
+    hf.convert(sources / "native", tmp_path / "quantised", quantize="int8,gate_up=int4")
     return tmp_path / "quantised"
 
 
@@ -62,11 +65,11 @@ def test_streaming_gives_what_quantising_in_memory_gives(sources, tmp_path, layo
 @pytest.mark.parametrize("layout", ["native", "legacy"])
 def test_pieces_of_a_matrix_make_the_same_file(sources, tmp_path, layout, monkeypatch):
     """Sixteen rows at a time: expert by expert, and several pieces of the head and of 32 rows."""
-    hf.convert(sources / layout, tmp_path / "whole", quantize="int4")
+    hf.convert(sources / layout, tmp_path / "whole", quantize="int4,head=int4")
     seen: list[int] = []
     monkeypatch.setattr(hf_quantised, "_PIECE_BYTES", 1)
     monkeypatch.setattr(hf_quantised.Counting, "__call__", lambda self, weights: seen.append(weights))
-    hf.convert(sources / layout, tmp_path / "pieces", quantize="int4")
+    hf.convert(sources / layout, tmp_path / "pieces", quantize="int4,head=int4")
     assert max(seen) == 16 * 32
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -74,7 +77,7 @@ def test_pieces_of_a_matrix_make_the_same_file(sources, tmp_path, layout, monkey
 
 @pytest.mark.parametrize("max_shard_bytes", [1, 4000, 10**9])
 def test_codes_are_aligned_and_files_are_safetensors(sources, tmp_path, max_shard_bytes):
-    hf.convert(sources / "native", tmp_path / "out", quantize="int4,down=int8", max_shard_bytes=max_shard_bytes)
+    hf.convert(sources / "native", tmp_path / "out", quantize="int8,gate_up=int4", max_shard_bytes=max_shard_bytes)
     loaded = hf.load(tmp_path / "out").state_dict()
     aligned = 0
     for file in (tmp_path / "out").glob("*.safetensors"):
@@ -88,15 +91,45 @@ def test_codes_are_aligned_and_files_are_safetensors(sources, tmp_path, max_shar
     assert not loaded and aligned == 3 * 7 + 1
 
 
+@pytest.mark.parametrize("layout", ["native", "legacy", "openzaya"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("piece_bytes", [1, 32 << 20])
+def test_quantising_while_loading_gives_what_converting_gives(sources, layout, scheme, piece_bytes, monkeypatch):
+    expected = quantise_model(hf.load(sources / "native"), scheme)
+    monkeypatch.setattr(hf_quantised, "_PIECE_BYTES", piece_bytes)
+    loaded = hf.load(sources / layout, quantize=scheme)
+    assert loaded.quantisation == expected.quantisation and not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert same_model(loaded, expected)
+    assert torch.equal(loaded(TOKENS), expected(TOKENS))
+
+
+def test_quantising_while_loading_rounds_the_stored_values(tmp_path):
+    """Other types are for what stays in float: int8 codes are those of the fp32 weights, not of their bf16 rounding."""
+    hf.save(Zaya(MINI, seed=3), tmp_path / "wide")
+    wide, narrow = (hf.load(tmp_path / "wide", dtype=dtype, quantize="int8") for dtype in ("auto", "bfloat16"))
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    codes = [name for name in wide.state_dict() if name.endswith((".packed", ".scales"))]
+    assert codes and all(torch.equal(wide.state_dict()[name], narrow.state_dict()[name]) for name in codes)
+    assert narrow.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_a_copied_model_is_the_mapped_one(quantised):
+    copied = hf.load(quantised, mapped=False)
+    assert same_model(copied, hf.load(quantised)) and torch.equal(copied(TOKENS), hf.load(quantised)(TOKENS))
+    hf.save(copied, quantised)
+    assert same_model(hf.load(quantised), copied)
+
+
 def test_inspect_tells_formats_and_bits(quantised):
     report = hf.inspect(quantised)
     assert report.num_parameters == MINI.num_parameters()
     found = report.quantisation
-    assert found["scheme"] == "int4,down=int8" and found["down"] == "int8"
-    assert found["formats"]["int8"]["weights"] == 3 * MINI.num_experts * 12 * 32
+    assert found["scheme"] == "int8,gate_up=int4" and found["down"] == "int8"
+    assert found["formats"]["int4"]["weights"] == 3 * MINI.num_experts * 24 * 32
     sizes = sum(m.nbytes for m in hf.load(quantised).modules() if isinstance(m, QuantisedMatrix))
     assert sum(entry["bytes"] for entry in found["formats"].values()) == sizes
-    assert "int4,down=int8" in report.to_text() and "bits a weight" in report.to_text()
+    assert "int8,gate_up=int4" in report.to_text() and "bits a weight" in report.to_text()
     assert json.loads(json.dumps(report.to_dict()))["quantisation"] == found
 
 
@@ -146,7 +179,7 @@ def test_a_quantised_model_does_not_train(quantised):
 
 @pytest.mark.parametrize("layout", ["native", "legacy"])
 def test_released_layouts_cannot_hold_it(sources, quantised, tmp_path, layout):
-    with pytest.raises(CheckpointError, match=r"int4,down=int8.*cannot hold"):
+    with pytest.raises(CheckpointError, match=r"int8,gate_up=int4.*cannot hold"):
         hf.convert(quantised, tmp_path / "out", to=layout)
     with pytest.raises(CheckpointError, match="cannot hold a quantised model"):
         hf.convert(sources / "native", tmp_path / "out", to=layout, quantize="int8")
@@ -158,8 +191,14 @@ def test_released_layouts_cannot_hold_it(sources, quantised, tmp_path, layout):
 def test_requests_that_make_no_sense(sources, quantised, tmp_path):
     with pytest.raises(CheckpointError, match="quantised already"):
         hf.convert(quantised, tmp_path / "out", quantize="int4")
-    with pytest.raises(ConfigError, match="int4"):
-        hf.convert(sources / "native", tmp_path / "out", quantize="int5")
+    with pytest.raises(CheckpointError, match="quantised already"):
+        hf.load(quantised, quantize="int4")
+    for act in (
+        lambda **scheme: hf.convert(sources / "native", tmp_path / "out", **scheme),
+        partial(hf.load, quantised),
+    ):
+        with pytest.raises(ConfigError, match="int4"):
+            act(quantize="int5")
     with pytest.raises(CheckpointError, match="quantize="):
         hf.convert(sources / "native", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -224,6 +263,8 @@ def test_bad_weights_name_the_tensor_and_leave_the_old_checkpoint(sources, quant
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[2, 5, 5] = float("nan")
     hf.save(model, tmp_path / "bad")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.down_proj.*not finite"):
+        hf.load(tmp_path / "bad", quantize="int8")
     before = sorted((file.name, file.read_bytes()) for file in quantised.iterdir())
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.down_proj.*not finite"):
         hf.convert(tmp_path / "bad", quantised, quantize="int4")
@@ -251,10 +292,28 @@ def test_memory_of_quantising_and_opening(medium):
     assert peak < 150_000_000
     size, bf16 = weight_bytes(out), weight_bytes(medium / "native")
     embedding = 2 * MEDIUM.vocab_size * MEDIUM.hidden_size
-    # 4.25 bits a weight instead of 16, the head beside the embedding, and 5 MB that stay in float.
-    assert size < bf16 * 4.25 / 16 + embedding + 5_000_000
+    # Experts in 4.25 bits a weight instead of 16, attention in 8, the head beside the embedding, and what stays.
+    assert size < bf16 * 4.25 / 16 + 1.5 * embedding + 10_000_000
     peak, _ = peak_bytes(f"model = hf.load({str(out)!r})")
     assert peak < 0.2 * size
     code = f"model = hf.load({str(out)!r})\nmodel.model.layers[0].mlp.experts.gate_up_proj.packed.amax()"
     touched, _ = peak_bytes(code)
     assert 10_000_000 < touched - peak < 0.3 * size
+    # In memory for an engine: all but the embedding table, once.
+    for code in (
+        f"model = hf.load({str(out)!r}, mapped=False)",
+        f"model = hf.load({str(medium / 'native')!r}, quantize='int4')",
+    ):
+        peak, _ = peak_bytes(code)
+        # The float model would be 300 MB; quantising takes pieces of 32 MB (as fp32) and what they need.
+        assert 0.9 * (size - embedding) < peak < size - embedding + 110_000_000, (code, peak, size)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux")
+@pytest.mark.parametrize("settings", [{}, {"quantize": "int8", "mapped": False}])
+def test_large_tensors_begin_with_a_large_page(medium, settings):
+    model = hf.load(medium / "native", **settings)
+    large = {name: tensor for name, tensor in model.state_dict().items() if tensor.nbytes >= LARGE_PAGE_BYTES}
+    if settings:
+        large.pop("model.embed_tokens.weight")
+    assert len(large) >= 6 and not any(tensor.data_ptr() % LARGE_PAGE_BYTES for tensor in large.values())

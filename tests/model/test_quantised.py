@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -228,7 +229,9 @@ def test_a_gradient_is_refused():
     ("text", "formats"),
     [
         ("int8", ("int8", "int8", "int8", "int8")),
-        ("int4, down=int8,head = float", ("int4", "int8", "int4", "float")),
+        ("int4", ("int4", "int4", "int8", "int8")),
+        ("int4,attention=int4,head=int4", ("int4", "int4", "int4", "int4")),
+        ("int4, down=int8,head = float", ("int4", "int8", "int8", "float")),
         ("float,gate_up=int4", ("int4", "float", "float", "float")),
     ],
 )
@@ -238,8 +241,19 @@ def test_schemes_are_read_and_written(text, formats):
     assert QuantScheme.parse(str(scheme)) == scheme
 
 
+def test_every_scheme_is_written_so_that_it_is_read_back_and_says_what_it_holds():
+    for formats in itertools.product(("int8", "int4", "float"), repeat=4):
+        if set(formats) != {"float"}:
+            scheme = QuantScheme(**dict(zip(QuantScheme.model_fields, formats, strict=True)))
+            assert QuantScheme.parse(str(scheme)) == scheme
+            assert ("int4" in str(scheme)) == ("int4" in formats)
+    named = [str(QuantScheme.parse(text)) for text in ("int8", "int4", "int4,head=int8", "float,down=int4")]
+    assert named == ["int8", "int4", "int4", "float,down=int4"]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "int3", "int4,router=int8", "int4,down", "int4,down=int8,down=int4", "float", "down=int8", "int4,"]
+    "text",
+    ["", "int3", "int4=int4", "int4,head=", "int4,router=int8", "int4,down", "int4,down=int8,down=int4", "float"],
 )
 def test_other_schemes_are_refused(text):
     with pytest.raises(ConfigError, match="quantisation"):

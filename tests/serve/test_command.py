@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -121,6 +122,12 @@ def test_a_quantised_copy_is_made_once(checkpoint, tmp_path, monkeypatch):
         assert engine.tokenizer is not None
         assert engine.generate(["Hello"], SamplingParams(max_new_tokens=4))[0].completions[0].tokens
     made.clear()
+    left = copy.parent / f".{copy.name}.writing-0"
+    left.mkdir()
+    shutil.rmtree(copy)
+    assert prepare(str(checkpoint), "int8", lambda *_: made.append(1)) == copy and made
+    assert not left.exists(), "what a killed process left behind is removed"
+    made.clear()
     assert prepare(str(checkpoint), "int8", lambda *_: made.append(1)) == copy and not made
     assert prepare(str(checkpoint), None) == checkpoint
     assert prepare(str(checkpoint), "int4") != copy
@@ -132,6 +139,8 @@ def test_what_is_refused(checkpoint, tmp_path):
     assert "effort" in error_line(openzaya("serve", checkpoint, "--effort", "most", "--port", 0))
     assert "cache_dtype" in error_line(openzaya("serve", checkpoint, "--cache-dtype", "int3", "--port", 0))
     assert "tokens" in error_line(openzaya("serve", checkpoint, "--context", "much", "--port", 0))
+    assert "at least 2" in error_line(openzaya("serve", checkpoint, "--context", "1", "--port", 0))
+    assert "finite" in error_line(openzaya("serve", checkpoint, "--cache-gb", "inf", "--port", 0))
     assert "no address" in error_line(openzaya("serve", checkpoint, "--host", "no.such.host.invalid", "--insecure"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -109,3 +109,12 @@ def test_settings_reach_the_engine(ask):
     assert (params.max_new_tokens, params.logprobs) == (20, 2)
     records = response.json()["output"][-1]["content"][0]["logprobs"]
     assert "".join(record["token"] for record in records) == "Fine."
+
+
+def test_no_log_probability_is_lost_with_a_character_of_several_tokens(ask):
+    text = "A \U0001f600 or \u65e5\u672c."
+    body = {"input": "Hello", "top_logprobs": 1}
+    for script in (text, f"<think>so</think>{text}"):
+        piece = ask("POST", PATH, json=body, script=script).json()["output"][-1]["content"][0]
+        assert piece["text"] == text
+        assert b"".join(bytes(record["bytes"]) for record in piece["logprobs"]).decode() == text
