@@ -64,7 +64,8 @@ struct Kind<INT8> {
 };
 
 // `steps` steps of N lines each, `step_bytes` apart, times R rows of 4-byte words. The lines `ahead` bytes further on
-// will be needed next: blocks lie anywhere in memory, and the processor cannot guess where the next one is.
+// will be needed next: blocks lie anywhere in memory, and the processor cannot guess where the next one is. They are
+// fetched into the second level only, for the first is no larger than a block.
 template <int64_t FORMAT, bool KEYS, int R, int N>
 inline void lines_times_words(const uint8_t* lines, int64_t step_bytes, int64_t steps, int64_t ahead,
                               const uint32_t* const* words, typename Kind<FORMAT>::Sums (*sums)[N]) {
@@ -73,7 +74,8 @@ inline void lines_times_words(const uint8_t* lines, int64_t step_bytes, int64_t 
         Line step[N];
         for (int n = 0; n < N; n++) {
             step[n] = line(lines + i * step_bytes + n * 64);
-            __builtin_prefetch(lines + i * step_bytes + n * 64 + ahead);
+            if (KEYS || i >= BLOCK_TOKENS / (2 * K::PER_LANE))
+                __builtin_prefetch(lines + i * step_bytes + n * 64 + ahead, 0, 2);
         }
         for (int r = 0; r < R; r++) {
             Line word = broadcast4(words[r] + i);
@@ -117,9 +119,14 @@ void attend_block(const CacheHead& cache, int64_t block, int64_t next, int64_t f
     alignas(64) uint32_t packed[R][BLOCK_TOKENS];
     float value_scale[R];
     int64_t used = 0;
+    // The first half of the next values is asked for here, where nothing else is read.
+    const int64_t half_bytes = BLOCK_TOKENS * width * 4 / K::PER_LANE / 2;
+    const uint8_t* next_values = cache.values + next * cache.block_bytes;
     for (int r = 0; r < R; r++) {
         Query& q = query[r];
         float* w = weight[r];
+        for (int64_t i = half_bytes * r / R / 64; i < half_bytes * (r + 1) / R / 64; i++)
+            __builtin_prefetch(next_values + i * 64, 0, 2);
         for (int n = 0; n < N; n++) {
             Floats score = K::floats(sums[r][n]) * all(q.scale);
             if constexpr (FORMAT == INT8) score = score * load(cache.key_scales + block * cache.block_scales + n * 16);
