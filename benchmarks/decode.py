@@ -233,7 +233,7 @@ def our_intervals(engine: Engine, prompts: list[list[int]], new_tokens: int) -> 
 
 def our_round(config: ZayaConfig, format: str, model: Zaya, seed: int) -> dict[str, float]:
     """One round through the engine."""
-    blocks = 2 * PROMPT // BLOCK_TOKENS + 4 * BATCH  # candidates share their prompt's
+    blocks = PROMPT // BLOCK_TOKENS + 3 * BATCH  # candidates share those of their prompt
     runner = UniformExperts(model, blocks, BATCH)
     with Engine(model, runner=runner, max_running=BATCH) as engine:
         our_intervals(engine, random_prompts(1, 64, seed + 1), 2)  # warm
