@@ -22,8 +22,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import datetime
 import json
 import os
+import platform
 import random
 import re
 import signal
@@ -239,6 +241,19 @@ async def measure(url: str, pid: int, arguments: argparse.Namespace) -> dict[str
     }
 
 
+def circumstances() -> dict[str, Any]:
+    """When, what and where."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.split(":", 1)[1].strip() for line in facts if line.startswith("model name")), "")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": git.stdout.strip(),
+        "processor": processor or platform.processor(),
+        "cores": os.cpu_count(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path)
@@ -254,7 +269,8 @@ def main() -> None:
         model = arguments.model or write_model(Path(directory))
         process, url = start_server(model, log)
         try:
-            result = asyncio.run(measure(url, process.pid, arguments)) | {"model": arguments.model and model.name}
+            result = circumstances() | asyncio.run(measure(url, process.pid, arguments))
+            result["model"] = arguments.model and model.name
             process.send_signal(signal.SIGTERM)
             result["exit_code"] = process.wait(60)
         finally:

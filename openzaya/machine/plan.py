@@ -26,7 +26,7 @@ from openzaya.model.hf_quantised import read_scheme
 from openzaya.model.hf_survey import empty_model
 from openzaya.model.quantised import QuantisedMatrix, QuantScheme, quantised_slots
 
-KERNEL_SHARE = 0.75
+KERNEL_SHARE = 0.85
 """Share of the bandwidth that decoding with kernels is expected to use; ``benchmarks/decode.py`` measures it."""
 PYTORCH_SHARE = 0.4
 """The same for plain PyTorch with float weights: about sixty small operations a layer stand between the reads."""

@@ -73,11 +73,12 @@ def check_options(options: ServeOptions) -> None:
 
 
 def model_names(options: ServeOptions) -> tuple[str, ...]:
-    """The names that requests may give: those chosen, else the directory's own and what was typed."""
+    """The names that requests may give: those chosen, else the directory's own, or the hub id."""
     if options.served_names:
         return options.served_names
-    own = Path(options.model).expanduser().resolve().name if Path(options.model).expanduser().is_dir() else ""
-    return tuple(dict.fromkeys(name for name in (own, options.model) if name))
+    directory = Path(options.model).expanduser()
+    # Not its path: clients need not know where things lie on the server.
+    return (directory.resolve().name or "model",) if directory.is_dir() else (options.model,)
 
 
 def serve_model(options: ServeOptions, progress: object = None) -> None:

@@ -82,6 +82,21 @@ class Service:
             )
         return name
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        return max(len(token) for token in self.tokenizer.get_vocab())
+
+    def check_length(self, num_characters: int) -> None:
+        """Refuse at once what cannot fit however it is cut: to tokenize megabytes takes seconds."""
+        if num_characters > self.context * self.longest_token:
+            raise bad_request(
+                f"the prompt has {num_characters} characters, and the context is {self.context} tokens with the "
+                "answer; shorten the prompt",
+                "prompt",
+                code="context_length_exceeded",
+            )
+
     def room(self, num_prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens an answer may have, at least 1; raises ``ApiError`` where the prompt fills the context."""
         if num_prompt_tokens == 0:

@@ -99,6 +99,7 @@ async def chat_prompt(
 
     With ``choice`` "none" the model is not shown the tools, and nothing in its answer is taken for a call.
     """
+    service.check_length(sum(len(message["content"] or "") for message in messages))
     shown = [] if choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools]
 
     def rendered() -> Prompt:
@@ -114,6 +115,8 @@ async def chat_prompt(
 
 async def text_prompts(service: Service, texts: Sequence[str]) -> list[list[int]]:
     """Texts to continue, each beginning with BOS where the tokenizer has one; control strings are plain text."""
+    for text in texts:
+        service.check_length(len(text))
     bos = service.tokenizer.bos_token_id
     encoded = await service.in_worker(encode_plain, service.tokenizer, list(texts))
     return [([] if bos is None else [bos]) + tokens for tokens in encoded]

@@ -162,6 +162,21 @@ def test_ten_thousand_messages(ask):
     assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(ask, monkeypatch, path):
+    """A million characters are more than the context in tokens, whatever the tokens."""
+
+    def tokenize(*arguments, **settings):
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr("openzaya.serve.prompts.encode_plain", tokenize)
+    monkeypatch.setattr("openzaya.serve.prompts.render", tokenize)
+    text = "a" * 1_000_000
+    body = {"prompt": text} if path != CHAT else {"messages": [{"role": "user", "content": text}]}
+    response = ask("POST", path, json=body)
+    assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
+
+
 def test_what_the_engine_refuses_is_the_clients_fault(ask):
     tools = [{"type": "function", "function": {"name": "refuse", "parameters": {}}}]
     response = ask("POST", CHAT, json={"messages": [USER], "tools": tools, "tool_choice": "required"})
