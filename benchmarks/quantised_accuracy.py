@@ -17,6 +17,7 @@ import copy
 import datetime
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from openzaya.eval.statistics import mean_with_interval
 from openzaya.infer.cpu_runner import CpuRunner
 from openzaya.infer.generate import Completion, generate
 from openzaya.infer.sampling import SamplingParams
+from openzaya.initialize import initialize_checkpoint
 from openzaya.model import hf
 from openzaya.model.quantised import QuantScheme, quantise_model
 from openzaya.model.transformer import Zaya
@@ -121,7 +123,8 @@ def table(rows: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a checkpoint directory or hub id, not quantised")
+    parser.add_argument("--model", help="a checkpoint directory or hub id, not quantised")
+    parser.add_argument("--quick", action="store_true", help="does it run: a small random model, a few short answers")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--seed", type=int, default=20261)
     parser.add_argument("--per-cell", type=int, default=12, help="problems a family and difficulty")
@@ -133,6 +136,12 @@ def main() -> None:
     arguments = parser.parse_args()
     for scheme in arguments.schemes:
         QuantScheme.parse(scheme)
+    if arguments.quick:
+        arguments.per_cell, arguments.k, arguments.max_new_tokens = 1, 2, 16
+        arguments.model = tempfile.mkdtemp()
+        initialize_checkpoint("smoke", Path(arguments.model), seed=0)
+    elif not arguments.model:
+        parser.error("give --model, or --quick")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     config = EvalConfig(
