@@ -51,7 +51,7 @@ from torch import Tensor
 from openzaya.infer.cpu_runner import CpuRunner
 from openzaya.infer.engine import Engine
 from openzaya.infer.outputs import Delta
-from openzaya.infer.runner import BLOCK_TOKENS, StepResult, StepSequence, block_bytes
+from openzaya.infer.runner import BLOCK_TOKENS, StepResult, StepSequence, block_bytes, slot_bytes
 from openzaya.infer.sampling import SamplingParams
 from openzaya.kernels import build
 from openzaya.kernels.host import empty_in_large_pages
@@ -374,18 +374,12 @@ def context_growth(config: ZayaConfig, times: dict[str, float], weights: float) 
     """From 1K to each longer context: how many times longer a token takes, and how many times more bytes it reads."""
     result = {}
     for dtype in ("bfloat16", "int8"):
-        of_token = (block_bytes(config, getattr(torch, dtype)) - block_bytes_without_cache(config)) / BLOCK_TOKENS
+        of_token = (block_bytes(config, getattr(torch, dtype)) - slot_bytes(config)) / BLOCK_TOKENS
         for context in CONTEXTS[1:]:
             slower = times[f"{dtype}_{context}_ms"] / times[f"{dtype}_{CONTEXTS[0]}_ms"]
             more = (weights + of_token * context) / (weights + of_token * CONTEXTS[0])
             result[f"{dtype}_{context}"] = [slower, more]
     return result
-
-
-def block_bytes_without_cache(config: ZayaConfig) -> int:
-    from openzaya.infer.runner import slot_bytes
-
-    return slot_bytes(config)
 
 
 def table(summary: dict[str, Any]) -> str:

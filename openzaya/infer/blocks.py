@@ -110,9 +110,6 @@ class BlockPool:
     def holders(self, block: int) -> int:
         return self._holders[block]
 
-    def is_held(self, block: int) -> bool:
-        return self._holders[block] > 0
-
     def publish(self, block: int, key: bytes, experts: np.ndarray) -> None:
         """Enter a full, held block into the cache with its tokens' classes, uint8 (BLOCK_TOKENS, L).
 

@@ -8,7 +8,6 @@ copied to fp32 (``refresh`` copies them again when the weights have changed).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -205,11 +204,3 @@ def _frequencies(rotary_dim: int, base: float) -> Tensor:
     """Angle of each rotary pair a position, as in ``rotary_tables``."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     return 1.0 / base**exponents
-
-
-def each_matrix(model: Zaya, check: Callable[[str, Tensor], str | None]) -> str | None:
-    """The first answer that ``check(name, parameter)`` gives for a float matrix of the model, or None."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2 and (answer := check(name, parameter)) is not None:
-            return answer
-    return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openzaya.errors import EngineError
 from openzaya.infer import cpu_records as records
-from openzaya.infer.runner import BLOCK_TOKENS, CacheDtype, StepResult, StepSequence
+from openzaya.infer.runner import BLOCK_TOKENS, CacheDtype, StepResult, StepSequence, slot_bytes
 from openzaya.kernels import build
 from openzaya.kernels.host import zeros_in_large_pages
 from openzaya.model.config import ZayaConfig
@@ -76,14 +76,13 @@ class CpuRunner:
         if config.head_dim > 1024:
             return f"head_dim={config.head_dim} is above 1024"
 
-        def check(name: str, parameter: Tensor) -> str | None:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2:
+                continue  # vectors are copied
             if parameter.dtype not in records.FORMATS:
                 return f"{name} is {parameter.dtype}, and the kernels read float32 and bfloat16"
-            return None if parameter.is_contiguous() else f"{name} is not contiguous"
-
-        problem = records.each_matrix(model, check)
-        if problem is not None:
-            return problem
+            if not parameter.is_contiguous():
+                return f"{name} is not contiguous"
         kernels = build.inference()
         return None if kernels.library is not None else f"there are no kernels ({kernels.problem})"
 
@@ -91,8 +90,7 @@ class CpuRunner:
         config = self.config
         heads = (config.num_hidden_layers, self.num_blocks, config.num_key_value_heads)
         width = -(-config.head_dim // LANES) * LANES
-        state = (config.cca_time0 + config.cca_time1 - 2) * config.conv_channels
-        state += config.num_key_value_heads * config.head_dim // 2
+        state = slot_bytes(config) // (4 * config.num_hidden_layers)
         self.keys = zeros_in_large_pages(*heads, BLOCK_TOKENS * width, dtype=dtype)
         self.values = zeros_in_large_pages(*heads, BLOCK_TOKENS * width, dtype=dtype)
         scales = heads if dtype == torch.int8 else (0, 0, 0)

@@ -5,8 +5,6 @@
 
 #include <omp.h>
 
-#include <cstdio>
-
 #include "cpu/step.hpp"
 
 using namespace oz;
