@@ -32,3 +32,11 @@ class EngineError(OpenZayaError):
 
 class QueueFull(EngineError):
     """The engine holds as many waiting requests as it may: try again later."""
+
+
+class RSAError(OpenZayaError):
+    """A run of test-time compute that cannot begin, or ended without any candidate."""
+
+
+class CompletionFailed(RSAError):
+    """One rollout failed for good: refused by the endpoint, or not to be had after all retries."""

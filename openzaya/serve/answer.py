@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from openzaya.data.tokenizer import THINK_CLOSE, encode_batch, encode_plain
 from openzaya.infer.outputs import Completion, Delta, TokenLogprob
+from openzaya.infer.reasoning import Piece, ReasoningSplitter
+from openzaya.infer.toolcalls import Content, ToolCall, ToolCallParser
 from openzaya.serve.jobs import Service
 from openzaya.serve.prompts import Prompt
-from openzaya.serve.reasoning import Piece, ReasoningSplitter
 from openzaya.serve.tokens import TokenTexts
-from openzaya.serve.toolcalls import Content, ToolCall, ToolCallParser
 
 
 @dataclass(frozen=True)

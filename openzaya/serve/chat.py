@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from openzaya.infer.outputs import Delta
 from openzaya.infer.sampling import SamplingParams
+from openzaya.infer.toolcalls import ToolCall
 from openzaya.serve.answer import Answer, Part, chat_logprobs, experts_object, usage
 from openzaya.serve.errors import bad_request
 from openzaya.serve.jobs import Job, Record, Service, start
@@ -28,7 +29,6 @@ from openzaya.serve.prompts import (
 )
 from openzaya.serve.schemas import ChatRequest
 from openzaya.serve.streaming import DONE, KEEPALIVE, EventStream, NoResponse, event, finish_or_leave
-from openzaya.serve.toolcalls import ToolCall
 
 
 @dataclass

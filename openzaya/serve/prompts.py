@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from openzaya.data.chat import render
 from openzaya.data.tokenizer import encode_plain
 from openzaya.infer.sampling import SamplingParams
+from openzaya.infer.toolgrammar import tool_grammar
 from openzaya.serve.errors import bad_request, from_validation
 from openzaya.serve.jobs import Service, fresh_seed
 from openzaya.serve.schemas import ChatMessage, NamedTool, ResponseFormat, Sampling, TextPart, Tool, ToolChoice
 from openzaya.serve.settings import EFFORT_BUDGETS, Effort
-from openzaya.serve.toolgrammar import tool_grammar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,8 +9,8 @@ import pytest
 
 from openzaya.data.tokenizer import encode_plain, train_tokenizer
 from openzaya.errors import DataError
-from openzaya.serve.toolcalls import parse_tool_calls
-from openzaya.serve.toolgrammar import tool_grammar
+from openzaya.infer.toolcalls import parse_tool_calls
+from openzaya.infer.toolgrammar import tool_grammar
 
 llguidance = pytest.importorskip("llguidance")
 

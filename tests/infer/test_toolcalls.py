@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from openzaya.data.tokenizer import chat_template
 from openzaya.errors import DataError
-from openzaya.serve.toolcalls import (
+from openzaya.infer.toolcalls import (
     Content,
     Event,
     ToolCall,

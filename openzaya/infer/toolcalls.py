@@ -36,7 +36,7 @@ from typing import Any
 
 from openzaya.data.tokenizer import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
 from openzaya.errors import DataError
-from openzaya.serve.reasoning import partial_tag_length
+from openzaya.infer.reasoning import partial_tag_length
 
 MAX_REFERENCES = 32
 """Steps of ``$ref`` and ``anyOf`` that are followed in a schema; what is beyond them allows any type."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openzaya.serve.reasoning import Piece, ReasoningSplitter, partial_tag_length, split_reasoning
+from openzaya.infer.reasoning import Piece, ReasoningSplitter, partial_tag_length, split_reasoning
 
 
 def streamed(pieces: list[str], starts_inside: bool = False, enabled: bool = True) -> tuple[str, str, list[str]]:

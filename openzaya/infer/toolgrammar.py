@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from openzaya.data.tokenizer import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
 from openzaya.errors import DataError
-from openzaya.serve.toolcalls import allowed_types, functions_of
+from openzaya.infer.toolcalls import allowed_types, functions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
