@@ -48,17 +48,31 @@ def tail_text(text: str, tau: int, tokenizer: PreTrainedTokenizerFast) -> str:
 def tail_texts(texts: Sequence[str], tau: int, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """``tail_text`` of each text, encoded in one batch."""
     _check_tau(tau)
+    return [_tail_from(text, starts, tau) for text, starts in zip(texts, _token_starts(texts, tokenizer), strict=True)]
+
+
+def head_texts(texts: Sequence[str], num_tokens: int, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The beginning of each text that its first ``num_tokens`` tokens spell, whole characters only."""
+    _check_tau(num_tokens)
+    return [
+        text if len(starts) <= num_tokens else text[: starts[num_tokens]]
+        for text, starts in zip(texts, _token_starts(texts, tokenizer), strict=True)
+    ]
+
+
+def _token_starts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """For each text the character at which each of its tokens begins."""
     pattern = control_pattern(tokenizer)
     pieces = [split_control_strings(text, pattern) for text in texts]
     offsets = iter(batch_offsets(tokenizer, [piece for group in pieces for piece in group]))
     results = []
-    for text, group in zip(texts, pieces, strict=True):
+    for group in pieces:
         starts: list[int] = []
         origin = 0
         for piece in group:
             starts += [origin + start for start, _ in next(offsets)]
             origin += len(piece)
-        results.append(_tail_from(text, starts, tau))
+        results.append(starts)
     return results
 
 

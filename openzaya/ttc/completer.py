@@ -107,7 +107,7 @@ class Capabilities:
     n: bool | None = None
     """Whether one request can give several candidates. Recorded only: each rollout is a request of its own."""
     prefill: str = "none"
-    """How a reasoning is continued: ``engine``, ``continue_final_message``, ``completions``, ``assistant``, ``none``."""
+    """How a reasoning is continued: ``engine``, ``continue_final_message``, ``completions``, ``assistant`` or none."""
     context: int | None = None
     """Most tokens of prompt and completion, where known."""
     notes: tuple[str, ...] = ()

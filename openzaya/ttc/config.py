@@ -218,7 +218,5 @@ def make_config(preset: str | RSAConfig = "default", changes: Mapping[str, Any] 
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"RSA has no setting '{where}'; it has: {', '.join(RSAConfig.model_fields)}"
-            ) from None
+            raise ConfigError(f"RSA has no setting '{where}'; it has: {', '.join(RSAConfig.model_fields)}") from None
         raise ConfigError(f"RSA settings: {where + ': ' if where else ''}{first['msg']}") from None
