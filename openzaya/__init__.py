@@ -5,6 +5,7 @@ An independent implementation of the architecture in arXiv 2605.05365, not affil
     model = openzaya.load("path/or/hub-id")
     logits = model(tokens)                     # int64 (B, T) -> fp32 (B, T, V)
     openzaya.save(model, "directory", layout="native")
+    result = await openzaya.markovian_rsa("How many ...?", openzaya.EngineCompleter(engine), openzaya.RSAConfig(n=8))
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from openzaya.errors import EngineError, OpenZayaError, QueueFull
+    from openzaya.errors import EngineError, OpenZayaError, QueueFull, RSAError
     from openzaya.infer.engine import Engine, EngineStats
     from openzaya.infer.generate import generate
     from openzaya.infer.outputs import Completion, Delta, RequestOutput, TokenLogprob
@@ -22,11 +23,17 @@ if TYPE_CHECKING:
     from openzaya.model.config import ZayaConfig, preset
     from openzaya.model.hf import convert, inspect, load, save
     from openzaya.model.transformer import ForwardRecord, Zaya
+    from openzaya.ttc.config import RSAConfig
+    from openzaya.ttc.endpoint import EndpointCompleter
+    from openzaya.ttc.engine_completer import EngineCompleter
+    from openzaya.ttc.results import RSAResult
+    from openzaya.ttc.rsa import markovian_rsa
 
 _HOMES = {
     "EngineError": "openzaya.errors",
     "OpenZayaError": "openzaya.errors",
     "QueueFull": "openzaya.errors",
+    "RSAError": "openzaya.errors",
     "Engine": "openzaya.infer.engine",
     "EngineStats": "openzaya.infer.engine",
     "generate": "openzaya.infer.generate",
@@ -43,17 +50,27 @@ _HOMES = {
     "save": "openzaya.model.hf",
     "ForwardRecord": "openzaya.model.transformer",
     "Zaya": "openzaya.model.transformer",
+    "EndpointCompleter": "openzaya.ttc.endpoint",
+    "EngineCompleter": "openzaya.ttc.engine_completer",
+    "RSAConfig": "openzaya.ttc.config",
+    "RSAResult": "openzaya.ttc.results",
+    "markovian_rsa": "openzaya.ttc.rsa",
 }
 
 __all__ = [
     "Completion",
     "Delta",
+    "EndpointCompleter",
     "Engine",
+    "EngineCompleter",
     "EngineError",
     "EngineStats",
     "ForwardRecord",
     "OpenZayaError",
     "QueueFull",
+    "RSAConfig",
+    "RSAError",
+    "RSAResult",
     "RequestOutput",
     "SamplingParams",
     "TokenLogprob",
@@ -64,6 +81,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "markovian_rsa",
     "preset",
     "save",
 ]

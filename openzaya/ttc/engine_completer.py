@@ -199,7 +199,9 @@ class EngineCompleter:
         """Tokens up to the closing tag, tags included; all of them where it never came."""
         if not is_closed:
             return len(completion.tokens)
+        if not reasoning:
+            return 0
         closing = encode_batch(self._tokenizer, [THINK_CLOSE])[0]
         if len(closing) == 1 and closing[0] in completion.tokens:
             return completion.tokens.index(closing[0]) + 1
-        return min(len(completion.tokens), len(self._encode([reasoning])[0])) if reasoning else 0
+        return min(len(completion.tokens), len(self._encode([reasoning])[0]))
