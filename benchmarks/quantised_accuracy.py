@@ -30,11 +30,11 @@ import torch
 from openzaya.data.chat import render
 from openzaya.data.tokenizer import load_tokenizer
 from openzaya.eval.benchmarks import Answered, EvalConfig, draw_problems, judge
-from openzaya.eval.statistics import mean_with_interval
 from openzaya.infer.cpu_runner import CpuRunner
 from openzaya.infer.generate import Completion, generate
 from openzaya.infer.sampling import SamplingParams
 from openzaya.initialize import initialize_checkpoint
+from openzaya.intervals import mean_with_interval
 from openzaya.model import hf
 from openzaya.model.quantised import QuantScheme, quantise_model
 from openzaya.model.transformer import Zaya

@@ -15,6 +15,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openzaya.commands.options import (
+    Device,
+    Dtype,
+    Json,
+    MaxTokens,
+    MinP,
+    Model,
+    Overrides,
+    Quantize,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    quantising,
+)
+from openzaya.commands.rsa import Interrupted, rsa
+from openzaya.commands.serve import serve
 from openzaya.errors import ConfigError, DataError, OpenZayaError
 
 if TYPE_CHECKING:
@@ -29,19 +46,6 @@ app = typer.Typer(
     help="Train, convert, evaluate and run ZAYA models. Independent of Zyphra.\n\n"
     "Start with: openzaya run recipes/smoke",
 )
-
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key.sub=value", metavar="KEY=VALUE")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the most likely tokens up to this share.")]
-TopK = Annotated[int, typer.Option(min=0, help="Keep the K most likely tokens; 0 keeps all.")]
-MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the most likely one.")]
-Quantize = Annotated[str | None, typer.Option(help="Run with int8, int4 or mixed weights: int4,down=int8.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same result.")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
-Device = Annotated[str, typer.Option(help="A PyTorch device, such as cpu.")]
-Model = Annotated[str, typer.Argument(help="A checkpoint directory or a hub id.")]
 
 
 def main() -> None:
@@ -65,7 +69,7 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as leaving:
         # Typer turns Ctrl-C into this code without a word.
-        if leaving.code == 130:
+        if leaving.code == 130 and not isinstance(leaving, Interrupted):
             print("interrupted; the same command goes on from the last checkpoint of a run", file=sys.stderr)
         raise
 
@@ -153,7 +157,7 @@ def convert(
 
     if to is None and quantize is None:
         raise typer.BadParameter("nothing to convert to; give --to native|legacy|openzaya or --quantize int8|int4")
-    found = hf.convert(source, destination, to=to, quantize=quantize, progress=_quantising)  # type: ignore[arg-type]
+    found = hf.convert(source, destination, to=to, quantize=quantize, progress=quantising)  # type: ignore[arg-type]
     print(found.to_text())
 
 
@@ -238,6 +242,9 @@ def chat(
             messages.append({"role": "assistant", "content": split_response(answer)[1] or "..."})
 
 
+app.command(epilog='Example: openzaya rsa "Add: 24+52" --model runs/nano/04-sft/model --n 8 --beta 128 --tau 64')(rsa)
+
+
 @app.command(epilog="Example: openzaya eval runs/smoke/04-sft/model --k 2 --per-cell 2 --json")
 def eval(
     model: Model,
@@ -291,70 +298,20 @@ def quality(
     print(json.dumps(found.to_dict()) if as_json else found.to_text())
 
 
-@app.command(epilog="Example: openzaya serve runs/nano/04-sft/model --port 8000")
-def serve(
-    model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine's own need a key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENZAYA_API_KEY", help="What clients must send.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8, int4 or a mixture; the copy is kept.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    cache_dtype: Annotated[str, typer.Option(help="Keys and values: auto, float32, bfloat16 or int8.")] = "auto",
-    cache_gb: Annotated[float | None, typer.Option(min=0.0, help="Memory for keys and values, in GB.")] = None,
-    max_running: Annotated[int, typer.Option(min=1, help="Answers that are made together.")] = 64,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue; more get 429.")] = 256,
-    max_tokens_limit: Annotated[int | None, typer.Option(min=1, help="Most tokens of one answer.")] = None,
-    context: Annotated[str | None, typer.Option(help="Most tokens of prompt and answer, such as 32k.")] = None,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request, in MB.")] = 8.0,
-    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that one request may take.")] = 1800.0,
-    drain_timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to finish in, after the stop signal.")] = 120.0,
-    cors: Annotated[list[str] | None, typer.Option(help="Origin whose pages may call; repeat it for more.")] = None,
-    allowed_host: Annotated[list[str] | None, typer.Option(help="Another name that this server answers to.")] = None,
-    served_name: Annotated[list[str] | None, typer.Option(help="Name of the model; by default its own.")] = None,
-    effort: Annotated[str, typer.Option(help="Thinking: none, minimal, low, medium or high.")] = "high",
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write messages and prompts to the log.")] = False,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Let anyone in the network in, without a key.")] = False,
-) -> None:
-    """Serve a model to OpenAI clients and browsers; says first what it will take."""
-    from openzaya.serve.command import ServeOptions, serve_model
-
-    serve_model(
-        ServeOptions(
-            model=model,
-            host=host,
-            port=port,
-            api_key=api_key,
-            quantize=quantize,
-            dtype=dtype,
-            device=device,
-            cache_dtype=cache_dtype,
-            cache_gb=cache_gb,
-            max_running=max_running,
-            max_waiting=max_waiting,
-            max_tokens_limit=max_tokens_limit,
-            context=context,
-            max_body_mb=max_body_mb,
-            request_timeout=request_timeout,
-            drain_timeout=drain_timeout,
-            cors=tuple(cors or ()),
-            allowed_hosts=tuple(allowed_host or ()),
-            served_names=tuple(served_name or ()),
-            effort=effort,
-            log_prompts=log_prompts,
-            insecure=insecure,
-        ),
-        progress=_quantising,
-    )
+app.command(epilog="Example: openzaya serve runs/nano/04-sft/model --port 8000")(serve)
 
 
 @app.command(epilog="Example: openzaya report runs/smoke")
-def report(directory: Annotated[Path, typer.Argument(help="A run directory, or one stage of it.")]) -> None:
-    """Write report.html and report.md with tables, plots and samples, from the run's files alone."""
+def report(
+    directory: Annotated[Path, typer.Argument(help="A run directory, one stage of it, or a journal of RSA runs.")],
+) -> None:
+    """Write a page with tables, plots and samples, from the run's files alone: of a journal, its view."""
     from openzaya.eval.report import write_report
+    from openzaya.ttc.view import is_journal, write_journal_view
 
+    if is_journal(directory):
+        print(write_journal_view(directory))
+        return
     paths = write_report(directory)
     print(f"{paths.html}\n{paths.markdown}")
 
@@ -415,15 +372,6 @@ def _session(model: str, dtype: str, device: str, quantize: str | None) -> Any:
     from openzaya.infer.chat import ChatSession
 
     return ChatSession.load(model, dtype=dtype, device=device, quantize=quantize)
-
-
-def _quantising(done: int, total: int, seconds: float) -> None:
-    rate = done / max(seconds, 1e-9)
-    left = f"{(total - done) / max(rate, 1):.0f} s left" if done < total else f"took {seconds:.0f} s"
-    end = "\n" if done == total or not sys.stderr.isatty() else ""
-    begin = "\r" if sys.stderr.isatty() else ""
-    text = f"quantised {done / 1e6:,.0f} of {total / 1e6:,.0f} M weights, {rate / 1e6:.0f} M/s, {left}"
-    print(f"{begin}{text:<78}", end=end, file=sys.stderr, flush=True)
 
 
 def _evaluation_text(result: dict[str, Any]) -> str:

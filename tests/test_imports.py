@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A part may import the parts of the rows above its own, and itself; parts of one row do not know each other.
 ROWS = (
     ("errors",),
-    ("config", "runlog"),
+    ("config", "runlog", "intervals"),
     ("kernels",),
     ("model",),
     ("sandbox", "problems"),
@@ -26,6 +26,7 @@ ROWS = (
     ("eval", "serve"),
     ("stages",),
     ("initialize",),
+    ("commands",),
     ("cli",),
 )
 HEIGHT = {part: height for height, row in enumerate(ROWS) for part in row}

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from openzaya.data.chat import render
 from openzaya.errors import DataError
-from openzaya.eval.statistics import mean_with_interval
 from openzaya.infer.generate import Completion, complete, engine_for
 from openzaya.infer.sampling import SamplingParams
+from openzaya.intervals import mean_with_interval
 from openzaya.model.transformer import Zaya
 from openzaya.problems import NEVER_TRAINED, TRAINED_FAMILIES, Problem, Verdict, get_family, make_problem
 from openzaya.problems.verify import split_response

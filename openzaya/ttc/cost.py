@@ -28,8 +28,8 @@ from openzaya.runlog import format_duration
 from openzaya.ttc.completer import Usage
 from openzaya.ttc.config import RSAConfig
 
-TEMPLATE_TOKENS = 64
-"""Room for what a chat template puts around a question that another question was counted with."""
+BORDER_TOKENS = 16
+"""Room for tokens that would span the borders between the parts of a prompt."""
 
 
 class BudgetExceeded(RSAError):
@@ -138,7 +138,7 @@ def prompt_bound(config: RSAConfig, num_prompt_tokens: int, round_index: int) ->
     population = config.width(round_index - 1)
     num_candidates = min(config.c, population)
     scaffold = aggregation_prompt("", [""] * num_candidates, config.task, style=config.prompt_style)
-    return num_prompt_tokens + TEMPLATE_TOKENS + num_candidates * carried + len(scaffold.encode())
+    return num_prompt_tokens + BORDER_TOKENS + num_candidates * carried + len(scaffold.encode())
 
 
 def total_estimate(estimates: Iterable[Estimate]) -> Estimate:
@@ -211,9 +211,9 @@ class Reservation:
     ) -> None:
         used = self._used
         if used is None:
-            # Of a call that was cancelled nobody says what it had generated, so it counts in full. A call that failed
-            # delivered nothing.
-            used = self.worst if kind is asyncio.CancelledError else Usage()
+            # Of a call that was cancelled nobody says what it had generated, so it counts in full. One that failed
+            # delivered nothing, but its endpoint may have told what it took.
+            used = self.worst if kind is asyncio.CancelledError else getattr(error, "usage", Usage())
         self._budget._give_back(self.worst, used)
 
 

@@ -195,14 +195,15 @@ class Journal:
         return None if row is None else replace(candidate_from_dict(json.loads(row[0])), is_resumed=True)
 
     def record(self, run_key: str, candidate: Candidate, attempt: int, digest: str) -> None:
-        """Keeps a candidate that ended. A failure counts, and never replaces a rollout that is done."""
+        """Keeps a candidate that ended. A failure counts, and never replaces a rollout that is done; one that is done
+        may be recorded again with what was added to it, such as its tail."""
         values = asdict(replace(candidate, is_resumed=False))
         values["error"] = _without_secrets(values["error"])
         place = (run_key, candidate.round_index, candidate.slot, attempt, digest)
         self._write(
             "INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET num_failures = num_failures + excluded.num_failures,"
-            " candidate = iif(status = 'done', candidate, excluded.candidate),"
+            " candidate = iif(status = 'done' AND excluded.status <> 'done', candidate, excluded.candidate),"
             " recorded_unix_s = iif(status = 'done', recorded_unix_s, excluded.recorded_unix_s),"
             " status = iif(status = 'done', status, excluded.status)",
             (*place, candidate.status, int(candidate.status == "failed"), _json(values), time.time()),
@@ -299,8 +300,10 @@ class Journal:
                     self._start_log()
                 return
             tables = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if application_id or found or tables or read_only:
+            if application_id or found or tables:
                 raise RSAError(f"{self.path} is no RSA journal; name another file")
+            if read_only:
+                raise RSAError(f"{self.path} is empty; no run has begun in it")
             self._start_log()
             self._connection.execute("BEGIN IMMEDIATE")
             for statement in _TABLES:

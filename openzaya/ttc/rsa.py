@@ -251,59 +251,61 @@ class _Run:
         num_attempts = 1 + (config.max_refills if config.on_failure == "refill" else 0)
         calls = [self._call(index, before, self._seed(index, slot, attempt)) for attempt in range(num_attempts)]
         digests = [call.digest() for call in calls]
-        if self.journal is not None:
-            for attempt, digest in enumerate(digests):
-                found = self.journal.find(self.run_key, index, slot, attempt, digest)
-                if found is not None:
-                    if self.budget is not None and found.rollout is not None:
-                        self.budget.count(found.rollout.usage)
-                    return await self._accept(replace(found, is_resumed=True), before)
+        for attempt, digest in enumerate(digests):
+            found = self.journal.find(self.run_key, index, slot, attempt, digest) if self.journal is not None else None
+            if found is not None:
+                if self.budget is not None and found.rollout is not None:
+                    self.budget.count(found.rollout.usage)
+                return await self._accept(replace(found, is_resumed=True), before, attempt, digest)
         error = ""
         for attempt, call in enumerate(calls):
             self.tell(Event("launched", index, slot, tuple(parents)))
             try:
-                candidate = await self._attempt(index, slot, parents, before, call)
+                rollout = await self._write(call, before)
+                candidate = Candidate(index, slot, tuple(parents), "done", call.seed, rollout)
+                candidate = replace(candidate, answer=answer_of(rollout, config.task))
+                # At once: what follows may wait for an endpoint's tokenizer, and the rollout is paid for.
+                self._record(candidate, attempt, digests[attempt])
+                return await self._accept(candidate, before, attempt, digests[attempt])
             except BudgetExceeded as exceeded:
                 self.stopped = str(exceeded)
                 return self._slot_record(index, slot, parents, "cancelled", error=str(exceeded))
             except CompletionFailed as failed:
                 error = str(failed)
-                continue
-            if self.journal is not None:
-                self.journal.record(self.run_key, candidate, attempt, digests[attempt])
-            return await self._accept(candidate, before)
+                self._record(self._slot_record(index, slot, parents, "failed", error), attempt, digests[attempt])
         failed_candidate = self._slot_record(index, slot, parents, "failed", error=error)
         self.tell(Event("candidate", index, slot, tuple(parents), failed_candidate))
         return failed_candidate
 
-    async def _attempt(
-        self, index: int, slot: int, parents: Sequence[int], before: list[Carried], call: Call
-    ) -> Candidate:
+    async def _write(self, call: Call, before: Sequence[Carried]) -> Rollout:
         ended = before[0].ended if before else None
-        if ended is not None:
-            # A chain of Delethink that has come to its end is handed on as it is.
-            rollout = replace(ended, usage=Usage(), seconds=0.0, num_calls=0)
-        else:
-            rollout = await self._complete(call)
-        answer = answer_of(rollout, self.config.task)
-        correct = await self._verify(rollout)
-        candidate = Candidate(index, slot, tuple(parents), "done", call.seed, rollout, answer=answer, correct=correct)
-        if index == self.config.t:
-            return candidate
-        carried = await carry(self.completer, self.config, rollout, before)
-        self._carried[index, slot] = carried
-        return replace(candidate, tail=None if carried is None else carried.tail)
+        if ended is None:
+            return await self._complete(call)
+        # A chain of Delethink that has come to its end is handed on as it is.
+        return replace(ended, usage=Usage(), seconds=0.0, num_calls=0)
 
-    async def _accept(self, candidate: Candidate, before: list[Carried]) -> Candidate:
-        index, slot = candidate.round_index, candidate.slot
-        if index < self.config.t and (index, slot) not in self._carried:
-            assert candidate.rollout is not None
-            if self.config.continuation == "refine":
-                self._carried[index, slot] = None if candidate.tail is None else Carried(candidate.tail)
+    async def _accept(self, candidate: Candidate, before: list[Carried], attempt: int, digest: str) -> Candidate:
+        """A finished rollout with its reward and what it hands on."""
+        index, slot, rollout = candidate.round_index, candidate.slot, candidate.rollout
+        assert rollout is not None
+        judged = candidate
+        if judged.correct is None:
+            judged = replace(judged, correct=await self._verify(rollout))
+        if index < self.config.t:
+            if judged.tail is not None and self.config.continuation == "refine":
+                carried: Carried | None = Carried(judged.tail)
             else:
-                self._carried[index, slot] = await carry(self.completer, self.config, candidate.rollout, before)
-        self.tell(Event("candidate", index, slot, candidate.parents, candidate))
-        return candidate
+                carried = await carry(self.completer, self.config, rollout, before)
+            self._carried[index, slot] = carried
+            judged = replace(judged, tail=None if carried is None else carried.tail)
+        if judged != candidate:
+            self._record(judged, attempt, digest)
+        self.tell(Event("candidate", index, slot, judged.parents, judged))
+        return judged
+
+    def _record(self, candidate: Candidate, attempt: int, digest: str) -> None:
+        if self.journal is not None:
+            self.journal.record(self.run_key, candidate, attempt, digest)
 
     async def _complete(self, call: Call) -> Rollout:
         async with self.limiter:
@@ -366,10 +368,8 @@ class _Run:
         if found is not None and found.rollout is not None:
             return found.rollout
         rollout = await self._complete(call)
-        if self.journal is not None:
-            answer = answer_of(rollout, self.config.task)
-            candidate = Candidate(index, 0, tuple(chosen), "done", call.seed, rollout, answer=answer)
-            self.journal.record(self.run_key, candidate, 0, digest)
+        answer = answer_of(rollout, self.config.task)
+        self._record(Candidate(index, 0, tuple(chosen), "done", call.seed, rollout, answer=answer), 0, digest)
         return rollout
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from openzaya.eval.statistics import mean_with_interval
+from openzaya.intervals import mean_with_interval
 
 
 def test_the_mean_lies_in_its_interval() -> None:
