@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from openzaya.data.aggregation import head_texts, tail_texts
 from openzaya.data.chat import render
 from openzaya.data.tokenizer import THINK_CLOSE, THINK_OPEN, encode_batch, encode_plain
 from openzaya.errors import CompletionFailed, EngineError, OpenZayaError, QueueFull, RSAError
@@ -22,6 +21,7 @@ from openzaya.infer.sampling import SamplingParams
 from openzaya.infer.toolcalls import Content, ToolCallParser
 from openzaya.infer.toolgrammar import tool_grammar
 from openzaya.ttc.completer import Call, Capabilities, Rollout, Tail, Usage
+from openzaya.ttc.counting import TokenizerCounter
 
 if TYPE_CHECKING:
     from openzaya.infer.engine import Engine
@@ -42,6 +42,7 @@ class EngineCompleter:
         if engine.tokenizer is None:
             raise RSAError("the engine has no tokenizer, which RSA needs; give one to Engine(tokenizer=...)")
         self._engine, self._tokenizer = engine, engine.tokenizer
+        self._counter = TokenizerCounter(self._tokenizer)
         self._model, self._enable_thinking = model, enable_thinking
 
     async def capabilities(self) -> Capabilities:
@@ -66,14 +67,10 @@ class EngineCompleter:
         return self._rollout(call, prompt, output, time.perf_counter() - began)
 
     async def tails(self, texts: Sequence[str], tau: int) -> list[Tail]:
-        def cut() -> list[Tail]:
-            found = tail_texts(texts, tau, self._tokenizer)
-            return [Tail(text, len(tokens), True) for text, tokens in zip(found, self._encode(found), strict=True)]
-
-        return await asyncio.to_thread(cut)
+        return await self._counter.tails(texts, tau)
 
     async def heads(self, texts: Sequence[str], num_tokens: int) -> list[str]:
-        return await asyncio.to_thread(head_texts, texts, num_tokens, self._tokenizer)
+        return await self._counter.heads(texts, num_tokens)
 
     async def count(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> int:
         return len(await asyncio.to_thread(self._render, messages, tools))
@@ -161,15 +158,7 @@ class EngineCompleter:
 
     def _rollout(self, call: Call, prompt: list[int], output: RequestOutput, seconds: float) -> Rollout:
         completion = output.completions[0]
-        if call.prefill:
-            splitter = ReasoningSplitter(starts_inside=True)
-        else:
-            splitter = ReasoningSplitter.after_prompt(str(self._tokenizer.decode(prompt[-TAIL_TOKENS:])))
-        pieces = splitter.feed(completion.text)
-        is_closed = not splitter.is_reasoning
-        pieces += splitter.finish()
-        reasoning = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
-        content = "".join(piece.text for piece in pieces if piece.kind == "content")
+        reasoning, content, is_closed = self._split(call, prompt, completion.text)
         tool_calls: list[dict[str, Any]] = []
         if call.tools and is_closed:
             parser = ToolCallParser(call.tools)
@@ -194,6 +183,20 @@ class EngineCompleter:
             tool_calls=tuple(tool_calls),
             seconds=seconds,
         )
+
+    def _split(self, call: Call, prompt: list[int], text: str) -> tuple[str, str, bool]:
+        """Reasoning, content, and whether the reasoning has ended."""
+        if call.prefill:
+            # A line break right behind an opening tag belongs to the tag; here it is the model's own.
+            splitter = ReasoningSplitter(starts_inside=True)
+            splitter.feed("\0")
+        else:
+            splitter = ReasoningSplitter.after_prompt(str(self._tokenizer.decode(prompt[-TAIL_TOKENS:])))
+        pieces = splitter.feed(text)
+        is_closed = not splitter.is_reasoning
+        pieces += splitter.finish()
+        parts = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("reasoning", "content")}
+        return parts["reasoning"], parts["content"], is_closed
 
     def _reasoning_tokens(self, completion: Completion, reasoning: str, is_closed: bool) -> int:
         """Tokens up to the closing tag, tags included; all of them where it never came."""

@@ -160,12 +160,14 @@ async def carry(completer: Completer, config: RSAConfig, rollout: Rollout, befor
     """
     reasoning, answer = rollout.reasoning, rollout.content if rollout.is_closed else ""
     if config.continuation == "prefill":
+        written = reasoning or rollout.content
         head = before[0].head if before else ""
         if not before and config.kept_head:
-            [head] = await completer.heads([reasoning], config.kept_head)
-        so_far = before[0].tail.text + reasoning if before else reasoning[len(head) :]
+            [head] = await completer.heads([written], config.kept_head)
+        so_far = before[0].tail.text + written if before else written[len(head) :]
         [tail] = await completer.tails([so_far], _limit(config))
-        return Carried(tail, head, rollout if rollout.is_closed else None)
+        has_ended = rollout.is_closed and rollout.finish_reason != "length"
+        return Carried(tail, head, rollout if has_ended else None)
     text = {
         # A model that does not mark its reasoning writes it as the answer.
         "reasoning": reasoning or rollout.content,

@@ -153,6 +153,8 @@ def test_prefill_goes_on_inside_the_reasoning(engine):
     plain = asyncio.run(EngineCompleter(engine).complete(replace(call, prefill="")))
     assert rollout.usage.prompt > plain.usage.prompt and rollout.usage.completion == 4
     assert not rollout.is_closed and rollout.usage.reasoning == 4
+    completer = EngineCompleter(engine)
+    assert completer._split(call, [], "\nand so on</think>\n\n42") == ("\nand so on", "42", True)
 
 
 def test_what_cannot_be_run_is_a_failed_rollout(engine, tokenizer):
