@@ -1,7 +1,8 @@
 """Who holds which block: reference counts, and the prefix cache.
 
 A full block never changes again, so sequences that begin with the same tokens may share it. Each full block has a
-key, a hash of all tokens up to its end and of the weights' version; the cache maps keys to blocks. A block is
+key, a hash of all tokens up to its end and of the weights' version; the cache maps keys to blocks. A block's beginning
+can be cached too, as a *part*, under the key that its tokens give; whoever goes on from it needs a copy. A block is
 
     free       nobody's
     held       by one or more sequences (its reference count)
@@ -17,7 +18,7 @@ Pure bookkeeping: the memory itself is the runner's.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,6 +60,10 @@ class BlockPool:
         self._key_of: dict[int, bytes] = {}
         self._cached: dict[bytes, int] = {}
         self._experts: dict[int, np.ndarray] = {}
+        self._part_of: dict[int, bytes] = {}
+        """Of each block that holds a part: the key of the block before it."""
+        self._part_lengths: dict[bytes, Counter[int]] = {}
+        """Of each key: how many parts of which number of tokens follow."""
         self._unheld: OrderedDict[int, None] = OrderedDict()
         """Cached blocks without holder, least recently used first."""
 
@@ -111,13 +116,31 @@ class BlockPool:
         return self._holders[block]
 
     def publish(self, block: int, key: bytes, experts: np.ndarray) -> None:
-        """Enter a full, held block into the cache with its tokens' classes, uint8 (BLOCK_TOKENS, L).
+        """Enter a held block that is written no more into the cache with its tokens' classes, uint8 (tokens, L).
 
         Where the key is known already, the other block stays and this one remains its holders' own.
         """
         if key in self._cached or block in self._key_of:
             return
         self._cached[key], self._key_of[block], self._experts[block] = block, key, experts
+
+    def publish_part(self, block: int, before: bytes, tokens: Sequence[int], experts: np.ndarray) -> None:
+        """Enter a held block that holds ``tokens`` only, which follow the block of key ``before``."""
+        key = next_key(before, tokens)
+        if key in self._cached or block in self._key_of:
+            return
+        self.publish(block, key, experts)
+        self._part_of[block] = before
+        self._part_lengths.setdefault(before, Counter())[len(tokens)] += 1
+
+    def find_part(self, before: bytes, tokens: Sequence[int]) -> tuple[int, int] | None:
+        """The cached part with most of ``tokens``, which follow the block of key ``before``, and how many it holds."""
+        for length in sorted(self._part_lengths.get(before, ()), reverse=True):
+            if length <= len(tokens):
+                block = self._cached.get(next_key(before, tokens[:length]))
+                if block is not None:
+                    return block, length
+        return None
 
     def find(self, key: bytes) -> int | None:
         """The cached block of a key; not yet held for the caller: see :meth:`share`."""
@@ -136,4 +159,12 @@ class BlockPool:
 
     def _forget(self, block: int) -> None:
         del self._cached[self._key_of.pop(block)]
-        del self._experts[block]
+        length = len(self._experts.pop(block))
+        before = self._part_of.pop(block, None)
+        if before is not None:
+            lengths = self._part_lengths[before]
+            lengths[length] -= 1
+            if not lengths[length]:
+                del lengths[length]
+            if not lengths:
+                del self._part_lengths[before]

@@ -177,8 +177,12 @@ class CpuRunner:
         """Copy a sequence's CCA state."""
         self.slots[target] = self.slots[source]
 
+    def save_slot(self, slot: int, block: int) -> None:
+        """Make a slot's state a block's snapshot."""
+        self.snapshots[block] = self.slots[slot]
+
     def restore_slot(self, block: int, slot: int) -> None:
-        """Set a slot to the snapshot at the end of a full block."""
+        """Set a slot to a block's snapshot."""
         self.slots[slot] = self.snapshots[block]
 
     def refresh(self) -> None:

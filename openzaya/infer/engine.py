@@ -4,9 +4,10 @@
         outputs = engine.generate(["1 + 1 =", "2 + 2 ="], SamplingParams(temperature=0))
         async for delta in engine.stream("Once"): ...
 
-Continuous batching, chunked prefill, paged keys and values with an exact prefix cache, forks (n candidates of one
-prompt cost one prefill), weights that change between two steps. Parts: scheduler.py decides what runs next, a runner
-(runner.py) runs it, choosing.py picks tokens, loop.py is the thread that does these in turn.
+Continuous batching, chunked prefill, paged keys and values with an exact prefix cache, prompts that begin alike run as
+the tree of their beginnings, forks (n candidates of one prompt cost one prefill), weights that change between two
+steps. Parts: scheduler.py decides what runs next (sharing.py: who begins alike), a runner (runner.py) runs it,
+choosing.py picks tokens, loop.py is the thread that does these in turn.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -65,7 +67,7 @@ class EngineStats:
     prompt_tokens: int
     """Prompt tokens that were run; those of a preempted request count again."""
     cached_tokens: int
-    """Prompt tokens that were found in the prefix cache instead."""
+    """Prompt tokens that others had run instead."""
     preemptions: int
 
 
@@ -85,7 +87,7 @@ class Engine:
         max_running: candidates that are run together.
         max_waiting: requests that may wait; one more raises :class:`QueueFull`.
         chunk_tokens: prompt tokens in a step.
-        prefix_cache: keep full blocks for prompts that begin alike.
+        prefix_cache: prompts that begin alike share what was run: at once to the token, later in blocks of 64.
         batch_invariant: the numbers of a sequence do not depend, in a single bit, on what else runs. The kernels'
             always have this property; ``torch`` runs token by token for it, slowly.
         runner: one of your own instead, for this model and at least ``max_running`` slots; ``quantize``, ``backend``,
@@ -292,6 +294,15 @@ class Engine:
             for index in range(n)
         ]
         return Request(request_id or self._new_id(), tokens, params, states, on_delta, on_end, prompt_experts)
+
+    def together(self) -> AbstractContextManager[None]:
+        """While any such context is open, requests wait with their beginning, half a second at most.
+
+        For requests that are prepared one by one in several threads or tasks, and whose prompts begin alike: those
+        that begin together share their common tokens to the last one, those that come later only full blocks of them.
+        :meth:`generate` does this by itself.
+        """
+        return self._loop.together()
 
     def cancel(self, request_id: str) -> None:
         """End a request soon: its unfinished candidates end with ``cancelled``. One that has ended is left alone."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ from openzaya.infer.runner import Runner
 from openzaya.infer.scheduler import Scheduler, Share
 
 IDLE_SECONDS = 1.0
+MAX_HOLD_SECONDS = 0.5
+"""Requests that are to begin together wait for each other no longer."""
 Result = TypeVar("Result")
 
 _loops: weakref.WeakSet[StepLoop] = weakref.WeakSet()
@@ -48,6 +51,7 @@ class StepLoop:
         self._is_closed = False
         self._num_submitted = 0
         """Requests that are still among the commands."""
+        self._num_holds, self._held_until = 0, 0.0
         _loops.add(self)
 
     # --- from any thread --------------------------------------------------------------------------
@@ -108,6 +112,20 @@ class StepLoop:
             self.post(command, num_submitted=len(requests))
             self._requests.update((request.id, request) for request in requests)
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Requests that come meanwhile wait; those of overlapping calls begin together, when the last one leaves."""
+        with self._condition:
+            self._num_holds += 1
+            if self._num_holds == 1:
+                self._held_until = time.monotonic() + MAX_HOLD_SECONDS
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._num_holds -= 1
+                self._condition.notify()
+
     def cancel(self, request_id: str) -> None:
         """End a request; one that is unknown or has ended is left alone."""
 
@@ -159,15 +177,21 @@ class StepLoop:
             if not (self._commands or self.scheduler.has_work or self._is_closed):
                 self._condition.wait(IDLE_SECONDS)
             if self._commands or self.scheduler.has_work:
+                while not self.scheduler.running and not self._is_closed and (seconds := self._hold_seconds()) > 0:
+                    self._condition.wait(seconds)
                 return True
             self._thread = None
             return False
+
+    def _hold_seconds(self) -> float:
+        """How long from now nothing shall begin; 0 or less: it may."""
+        return self._held_until - time.monotonic() if self._num_holds else 0
 
     @torch.inference_mode()
     def _step(self) -> None:
         shares: list[Share] = []
         try:
-            shares = self.scheduler.plan()
+            shares = self.scheduler.plan(admit=not self.scheduler.running or self._hold_seconds() <= 0)
             result = self.runner.step([share.sequence() for share in shares])
             self.num_steps += 1
             candidates, rows = self._advance(shares, result.experts.numpy())

@@ -7,6 +7,7 @@ for all of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -42,8 +43,13 @@ class Request:
         """uint8 (P, L) to be taken instead of the router's choices; such blocks must not be shared."""
         self.candidates = [Candidate(self, index, state) for index, state in enumerate(states)]
         self.num_cached_tokens: int | None = None
-        """Prompt tokens found in the prefix cache when the first candidate began; None before."""
+        """Prompt tokens that others had run when the first candidate began; None before."""
         self.is_ended = False
+
+    @functools.cached_property
+    def prompt_array(self) -> np.ndarray:
+        """The prompt as int64 (P,)."""
+        return np.asarray(self.prompt, dtype=np.int64)
 
     def output(self) -> RequestOutput:
         """All candidates as they are."""
@@ -65,6 +71,10 @@ class Candidate:
         self.blocks: list[int] = []
         self.version = -1
         """The weights' version that all of its blocks were run with since it was admitted."""
+        self.num_common: dict[Candidate, int] = {}
+        """While its prompt is run: how many of its tokens others can take over (sharing.py)."""
+        self.waits_for: tuple[Candidate, int] | None = None
+        """While it waits: the candidate that will have run so many of its tokens soon."""
         self._keys: list[bytes] = []
         self._pieces: list[str] = []
         self._experts = np.empty((0, 0), dtype=np.uint8)
@@ -82,7 +92,7 @@ class Candidate:
         """Start over with weights of this version; keys of full blocks are kept where they still hold."""
         if version != self.version:
             self.version, self._keys = version, []
-        self.num_run, self.blocks = 0, []
+        self.num_run, self.blocks, self.waits_for = 0, [], None
 
     def key(self, block: int) -> bytes:
         """The prefix cache's key of the full block with this index."""

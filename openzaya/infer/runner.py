@@ -9,7 +9,8 @@ tokens run next and in which pages they live, and never looks inside. Two runner
     block         BLOCK_TOKENS consecutive tokens' keys and values, all layers; shared between sequences that begin
                   alike, and never written again once full
     slot          the CCA state of one running sequence behind its last token
-    snapshot      the same state at the end of a full block, kept with the block: from there any sequence can go on
+    snapshot      the same state kept with a block, as it was behind the block's last token: from there any sequence can
+                  go on
 """
 
 from __future__ import annotations
@@ -74,8 +75,12 @@ class Runner(Protocol):
         """Copy a sequence's CCA state: a fork."""
         ...
 
+    def save_slot(self, slot: int, block: int) -> None:
+        """Make a slot's state the snapshot of a block that is not full and will not be written to."""
+        ...
+
     def restore_slot(self, block: int, slot: int) -> None:
-        """Set a slot to the snapshot at the end of a full block."""
+        """Set a slot to a block's snapshot."""
         ...
 
     def refresh(self) -> None:

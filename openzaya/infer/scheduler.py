@@ -1,7 +1,8 @@
 """What runs next: continuous batching over a fixed number of blocks and slots.
 
 Each step holds one token of every candidate that is decoding, and up to ``chunk_tokens`` of prompts, first come first
-served. So a long prompt is run in chunks beside the decoding of others and stalls nobody.
+served. So a long prompt is run in chunks beside the decoding of others and stalls nobody. Only who begins like a prompt
+that is being run waits for it, and lets others pass (sharing.py).
 
 A candidate is admitted when the blocks of all its tokens are there, and a spare block for each that runs already.
 Decoding takes blocks as it goes; when none is left, the youngest candidate is *preempted*: it gives up its blocks and
@@ -11,12 +12,14 @@ The oldest always proceeds, so everything ends.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
+from openzaya.infer import sharing
 from openzaya.infer.blocks import BlockPool, num_blocks_for
 from openzaya.infer.requests import Candidate, Request
 from openzaya.infer.runner import BLOCK_TOKENS, Runner, StepSequence
@@ -31,6 +34,8 @@ class Share:
 
     candidate: Candidate
     num_tokens: int
+    is_split: bool = False
+    """Others go on from its end."""
 
     @property
     def is_last(self) -> bool:
@@ -71,7 +76,7 @@ class Scheduler:
     Args:
         max_running: candidates that run at once, at most the runner's slots.
         chunk_tokens: prompt tokens in one step.
-        prefix_cache: whether full blocks are kept for later prompts that begin alike.
+        prefix_cache: whether prompts that begin alike share what was run, at once and later.
     """
 
     def __init__(self, runner: Runner, *, max_running: int, chunk_tokens: int, prefix_cache: bool):
@@ -99,23 +104,63 @@ class Scheduler:
         leader.followers = followers
         self.waiting.append(leader)
 
-    def plan(self) -> list[Share]:
-        """The next step; takes the blocks that it needs."""
+    def plan(self, *, admit: bool = True) -> list[Share]:
+        """The next step; takes the blocks that it needs. Without ``admit`` nothing begins that waits."""
         shares: list[Share] = []
         preempted = self.num_preemptions
         for candidate in list(self.running):
             if candidate.slot is not None and candidate.num_left == 1 and self._make_room(candidate):
-                shares.append(Share(candidate, 1))
+                is_prompt = candidate.num_run < len(candidate.request.prompt)
+                shares.append(self._prompt_share(candidate, 1) if is_prompt else Share(candidate, 1))
         budget = self.chunk_tokens
         for candidate in self.running:
             if budget and candidate.num_left > 1:
-                shares.append(chunk(candidate, budget))
+                shares.append(self._prompt_share(candidate, budget))
                 budget -= shares[-1].num_tokens
         # Whoever was just preempted must not take back the blocks that it gave up.
-        while budget and self.waiting and self.num_preemptions == preempted and self._admit(self.waiting[0]):
-            shares.append(chunk(self.running[-1], budget))
-            budget -= shares[-1].num_tokens
+        if admit and self.num_preemptions == preempted:
+            for candidate in list(itertools.islice(self.waiting, sharing.LOOKAHEAD)):
+                if not budget:
+                    break
+                if self._waits(candidate):
+                    continue
+                if not self._admit(candidate):
+                    break
+                shares.append(self._prompt_share(candidate, budget))
+                budget -= shares[-1].num_tokens
         return shares
+
+    def _prompt_share(self, candidate: Candidate, budget: int) -> Share:
+        """A chunk of a prompt, which ends where those who wait want to go on."""
+        share = chunk(candidate, budget)
+        if self.waiting and self._is_leader(candidate):
+            others = filter(self._is_cached, itertools.islice(self.waiting, sharing.LOOKAHEAD))
+            split = sharing.next_split(self.pool, candidate, others)
+            if split is not None and split <= candidate.num_run + share.num_tokens:
+                return Share(candidate, split - candidate.num_run, is_split=True)
+        return share
+
+    def _waits(self, candidate: Candidate) -> bool:
+        """Whether a prompt that is being run will soon hold more of the candidate's tokens than the cache does."""
+        if not self._is_cached(candidate) or not self._slots:
+            return False
+        if candidate.waits_for is not None:
+            leader, split = candidate.waits_for
+            if self._is_leader(leader) and leader.num_run < split:
+                return True
+        if candidate.version != self.version:
+            candidate.begin(self.version)
+        candidate.waits_for = sharing.leader_for(self.pool, candidate, filter(self._is_leader, self.running))
+        return candidate.waits_for is not None
+
+    def _is_leader(self, candidate: Candidate) -> bool:
+        """Whether it runs its prompt, and others may take that over."""
+        return (
+            candidate.slot is not None
+            and candidate.num_run < len(candidate.request.prompt)
+            and candidate.version == self.version
+            and self._is_cached(candidate)
+        )
 
     def _make_room(self, candidate: Candidate) -> bool:
         """Blocks for one token more, by preemption if need be; False when the candidate itself had to go."""
@@ -144,40 +189,55 @@ class Scheduler:
         if candidate.slot is not None:
             self._slots.append(candidate.slot)
             candidate.slot = None
+        candidate.num_common.clear()
 
     def _admit(self, candidate: Candidate) -> bool:
         """Move the head of the queue to the running ones, if slot and blocks are there."""
         if not self._slots:
             return False
         candidate.begin(self.version)
-        num_full = (len(candidate.tokens) - 1) // BLOCK_TOKENS if self._is_cached(candidate) else 0
-        for index in range(num_full):
-            block = self.pool.find(candidate.key(index))
-            if block is None:
-                break
+        hit = sharing.find(self.pool, candidate) if self._is_cached(candidate) else sharing.Hit([])
+        for block in hit.blocks:
             self.pool.share(block)
             candidate.blocks.append(block)
-        num_hits = len(candidate.blocks)
-        num_needed = num_blocks_for(len(candidate.tokens)) - num_hits
-        if self.pool.num_free < num_needed + SPARE_BLOCKS * len(self.running):
+        num_needed = num_blocks_for(len(candidate.tokens)) - len(hit.blocks)
+        num_wanted = num_needed + SPARE_BLOCKS * len(self.running)
+        if hit.part is not None:
+            self.pool.share(hit.part)
+            if self.pool.num_free < num_wanted:
+                # Its block may be the very one that is missing.
+                self.pool.release(hit.part)
+                hit = sharing.Hit(hit.blocks)
+        if self.pool.num_free < num_wanted:
             self._give_up(candidate)
             return False
-        self.waiting.popleft()
+        self.waiting.remove(candidate)
         self.running.append(candidate)
         candidate.slot = self._slots.pop()
         for _ in range(num_needed):
-            block = self.pool.allocate()
-            assert block is not None
-            candidate.blocks.append(block)
-        if num_hits:
-            candidate.num_run = num_hits * BLOCK_TOKENS
-            for index, block in enumerate(candidate.blocks[:num_hits]):
-                candidate.record_experts(index * BLOCK_TOKENS, self.pool.experts(block))
-            self.runner.restore_slot(candidate.blocks[num_hits - 1], candidate.slot)
+            fresh = self.pool.allocate()
+            assert fresh is not None
+            candidate.blocks.append(fresh)
+        if hit.part is not None:
+            # Nothing is allocated before it is copied, so nobody takes it.
+            self.pool.release(hit.part)
+        self._take_over(candidate, hit)
         if candidate.request.num_cached_tokens is None:
             candidate.request.num_cached_tokens = candidate.num_run
             self.num_cached_tokens += candidate.num_run
         return True
+
+    def _take_over(self, candidate: Candidate, hit: sharing.Hit) -> None:
+        """Let an admitted candidate go on from what the cache holds of its tokens."""
+        assert candidate.slot is not None
+        candidate.num_run = hit.num_tokens
+        held = [*hit.blocks, *([] if hit.part is None else [hit.part])]
+        for index, block in enumerate(held):
+            candidate.record_experts(index * BLOCK_TOKENS, self.pool.experts(block))
+        if hit.part is not None:
+            self.runner.copy_block(hit.part, candidate.blocks[len(hit.blocks)])
+        if held:
+            self.runner.restore_slot(held[-1], candidate.slot)
 
     def _is_cached(self, candidate: Candidate) -> bool:
         """Whether its blocks may come from the prefix cache and enter it."""
@@ -193,6 +253,10 @@ class Scheduler:
             for index in range(before, candidate.num_run // BLOCK_TOKENS):
                 experts = candidate.experts(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
                 self.pool.publish(candidate.blocks[index], candidate.key(index), experts)
+            if share.is_split:
+                sharing.keep_part(self.pool, self.runner, candidate)
+        if candidate.num_run >= len(candidate.request.prompt):
+            candidate.num_common.clear()
 
     def fork(self, leader: Candidate) -> list[Candidate]:
         """The followers that begin now, as forks of the leader, whose prompt has just been run.

@@ -111,6 +111,9 @@ class TorchRunner:
     def copy_slot(self, source: int, target: int) -> None:
         self.cache.copy_slot(source, target)
 
+    def save_slot(self, slot: int, block: int) -> None:
+        self.cache.save_slot(slot, block)
+
     def restore_slot(self, block: int, slot: int) -> None:
         self.cache.restore_slot(block, slot)
 

@@ -193,8 +193,14 @@ class PagedCache:
             layer.slot_z[target] = layer.slot_z[source]
             layer.slot_delayed[target] = layer.slot_delayed[source]
 
+    def save_slot(self, slot: int, block: int) -> None:
+        """Make a slot's state the snapshot of a block, full or not."""
+        for layer in self.layers:
+            layer.block_z[block] = layer.slot_z[slot]
+            layer.block_delayed[block] = layer.slot_delayed[slot]
+
     def restore_slot(self, block: int, slot: int) -> None:
-        """Set a slot to the snapshot of a full block."""
+        """Set a slot to a block's snapshot."""
         for layer in self.layers:
             layer.slot_z[slot] = layer.block_z[block]
             layer.slot_delayed[slot] = layer.block_delayed[block]

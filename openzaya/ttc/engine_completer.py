@@ -60,8 +60,11 @@ class EngineCompleter:
     async def complete(self, call: Call) -> Rollout:
         began = time.perf_counter()
         try:
-            prompt, params = await asyncio.to_thread(self._prepare, call)
-            output = await self._run(prompt, params)
+            # A round's prompts are rendered one after another: the engine waits for all, and runs what they share once.
+            with self._engine.together():
+                prompt, params = await asyncio.to_thread(self._prepare, call)
+                ended, request_id = self._submit(prompt, params)
+            output = await self._end_of(prompt, params, ended, request_id)
         except OpenZayaError as error:
             raise CompletionFailed(str(error)) from None
         return self._rollout(call, prompt, output, time.perf_counter() - began)
@@ -125,8 +128,8 @@ class EngineCompleter:
         parallel = call.final.get("parallel_tool_calls") is not False
         return {"grammar": tool_grammar(call.tools, name, tokenizer=self._tokenizer, parallel=parallel)}
 
-    async def _run(self, prompt: list[int], params: SamplingParams) -> RequestOutput:
-        """Queue a request and wait for its end; a full queue is waited for, and a cancelled task ends the request."""
+    def _submit(self, prompt: list[int], params: SamplingParams) -> tuple[asyncio.Future[RequestOutput], str | None]:
+        """Queue a request; without an id where the queue is full."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[RequestOutput] = loop.create_future()
 
@@ -141,12 +144,22 @@ class EngineCompleter:
         def on_end(outcome: RequestOutput | EngineError) -> None:
             loop.call_soon_threadsafe(settle, outcome)
 
-        while True:
-            try:
-                request_id = self._engine.submit(prompt, params, on_end=on_end)
-                break
-            except QueueFull:
-                await asyncio.sleep(QUEUE_PAUSE_S)
+        try:
+            return ended, self._engine.submit(prompt, params, on_end=on_end)
+        except QueueFull:
+            return ended, None
+
+    async def _end_of(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        ended: asyncio.Future[RequestOutput],
+        request_id: str | None,
+    ) -> RequestOutput:
+        """Wait for a request's end; a full queue is waited for, and a cancelled task ends the request."""
+        while request_id is None:
+            await asyncio.sleep(QUEUE_PAUSE_S)
+            ended, request_id = self._submit(prompt, params)
         try:
             output = await ended
         except asyncio.CancelledError:

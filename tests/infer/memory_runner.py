@@ -101,8 +101,11 @@ class MemoryRunner:
     def copy_slot(self, source: int, target: int) -> None:
         self.slots[target] = self.slots[source]
 
+    def save_slot(self, slot: int, block: int) -> None:
+        self.snapshots[block] = self.slots[slot]
+
     def restore_slot(self, block: int, slot: int) -> None:
-        assert self.snapshots[block] is not None, "the block is not full"
+        assert self.snapshots[block] is not None, "the block has no snapshot"
         self.slots[slot] = self.snapshots[block]
 
     def refresh(self) -> None:

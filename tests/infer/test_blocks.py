@@ -187,3 +187,38 @@ def test_what_was_recorded_of_a_block_comes_back() -> None:
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(1, 1), (64, 1), (65, 2), (128, 2)])
 def test_blocks_of_a_text(num_tokens: int, num_blocks: int) -> None:
     assert num_blocks_for(num_tokens) == num_blocks
+
+
+def test_the_longest_part_that_a_text_begins_with_is_found_until_its_block_is_taken() -> None:
+    pool, before = BlockPool(3), root_key(0)
+    parts = {}
+    for tokens in ([7, 8, 9], [7], [7, 8, 1, 2]):
+        block = pool.allocate()
+        assert block is not None
+        pool.publish_part(block, before, tokens, EXPERTS[: len(tokens)])
+        pool.release(block)
+        parts[len(tokens)] = block
+    assert pool.find_part(before, [7, 8, 9, 4]) == (parts[3], 3)
+    assert pool.find_part(before, [7, 8, 9]) == (parts[3], 3)
+    assert pool.find_part(before, [7, 8]) == (parts[1], 1)
+    assert pool.find_part(before, [8]) is None and pool.find_part(root_key(1), [7, 8, 9]) is None
+    assert len(pool.experts(parts[3])) == 3
+    # The least recently used ones go first.
+    assert [pool.allocate(), pool.allocate()] == [parts[3], parts[1]]
+    assert pool.find_part(before, [7, 8, 9, 4]) is None
+    assert pool.find_part(before, [7, 8, 1, 2]) == (parts[4], 4)
+    pool.clear_cache()
+    assert pool.find_part(before, [7, 8, 1, 2]) is None and pool.num_free == 1
+    assert pool._part_lengths == {} and pool._part_of == {}
+
+
+def test_a_part_that_is_known_stays_where_it_is() -> None:
+    pool, before = BlockPool(2), root_key(0)
+    first, second = pool.allocate(), pool.allocate()
+    assert first is not None and second is not None
+    for block in (first, second):
+        pool.publish_part(block, before, [7, 8], EXPERTS[:2])
+        pool.release(block)
+    assert pool.find_part(before, [7, 8, 9]) == (first, 2)
+    assert pool.allocate() == second and pool.allocate() == first
+    assert pool.find_part(before, [7, 8, 9]) is None and pool._part_lengths == {}

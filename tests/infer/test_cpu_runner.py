@@ -195,13 +195,19 @@ def test_going_on_from_a_snapshot_and_from_a_fork_gives_the_same_bits():
     # A fork in the middle of a block writes into its own copy.
     runner.copy_slot(0, 2)
     runner.copy_block(blocks[2], 91)
+    # So does who goes on from a copy with a snapshot of its own.
+    runner.copy_block(blocks[2], 92)
+    runner.save_slot(0, 92)
+    runner.copy_block(92, 93)
+    runner.restore_slot(93, 3)
     forks = [
         StepSequence([5], 170, 0, blocks, "last"),
         StepSequence([6], 170, 2, [*blocks[:2], 91], "last"),
+        StepSequence([7], 170, 3, [*blocks[:2], 93], "last"),
     ]
-    first, second = runner.step(forks).logits
+    logits = runner.step(forks).logits
     fresh = make_runner(model)
-    for token, got in ((5, first), (6, second)):
+    for token, got in zip((5, 6, 7), logits, strict=True):
         assert torch.equal(fresh.step([StepSequence([*prompt, token], 0, 0, blocks, "last")]).logits[0], got)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from openzaya.errors import EngineError, QueueFull
 from openzaya.infer import engine as engine_module
+from openzaya.infer import loop as loop_module
 from openzaya.infer.engine import Engine
 from openzaya.infer.outputs import Delta, RequestOutput
 from openzaya.infer.sampling import SamplingParams
@@ -268,6 +269,61 @@ def test_settings_are_checked(monkeypatch) -> None:
     with pytest.raises(EngineError, match=r"one block of 64 tokens needs [\d,]+; raise cache_bytes"):
         monkeypatch.undo()
         Engine(Zaya(CONFIG), cache_bytes=100)
+
+
+def test_requests_that_begin_together_share_to_the_token(engine: Engine) -> None:
+    begin, ended = text_of(3)[:50], threading.Semaphore(0)
+    barrier = threading.Barrier(6)
+
+    def send(last: int) -> None:
+        with engine.together():
+            barrier.wait()
+            engine.submit([*begin, last, 9], GREEDY, on_end=lambda outcome: ended.release())
+
+    threads = [threading.Thread(target=send, args=(10 + index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    assert all(ended.acquire(timeout=10) for _ in range(6))
+    assert engine.stats().cached_tokens == 5 * len(begin) and engine.stats().prompt_tokens == len(begin) + 6 * 2
+    assert_all_is_free(engine)
+
+
+def test_nothing_begins_while_requests_gather_but_not_for_long(engine: Engine, monkeypatch) -> None:
+    monkeypatch.setattr(loop_module, "MAX_HOLD_SECONDS", 3600)
+    ended = threading.Event()
+    with engine.together(), engine.together():
+        engine.submit([7], GREEDY, on_end=lambda outcome: ended.set())
+        assert not ended.wait(0.05) and engine.stats().tokens_generated == 0
+    assert ended.wait(10)
+    monkeypatch.setattr(loop_module, "MAX_HOLD_SECONDS", 0.01)
+    with engine.together():
+        assert engine.generate([[7]], GREEDY)[0].completions[0].tokens == completion_of([7], 20)[0]
+
+
+def test_what_runs_goes_on_while_others_gather(engine: Engine, monkeypatch) -> None:
+    monkeypatch.setattr(loop_module, "MAX_HOLD_SECONDS", 3600)
+    prompt = long_winded(200)
+    begun, ends = threading.Event(), {name: threading.Event() for name in ("first", "second")}
+
+    def start(name: str, num_tokens: int, on_delta=None) -> None:
+        params = SamplingParams(temperature=0, max_new_tokens=num_tokens)
+        engine.submit(prompt, params, on_delta=on_delta, on_end=lambda outcome: ends[name].set())
+
+    start("first", 200, lambda delta: begun.set())
+    assert begun.wait(10)
+    with engine.together():
+        start("second", 1)
+        assert ends["first"].wait(10) and not ends["second"].is_set()
+    assert ends["second"].wait(10)
+
+
+def test_an_engine_closes_while_requests_gather(monkeypatch) -> None:
+    monkeypatch.setattr(loop_module, "MAX_HOLD_SECONDS", 3600)
+    outcomes: list[object] = []
+    with make_engine(monkeypatch) as engine, engine.together():
+        engine.submit([7], GREEDY, on_end=outcomes.append)
+        engine.close()
+    assert isinstance(outcomes[0], EngineError)
 
 
 def test_a_request_id_may_not_be_in_use(engine: Engine) -> None:

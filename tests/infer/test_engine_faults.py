@@ -74,7 +74,7 @@ def test_generate_and_stream_raise_what_failed(engine: Engine) -> None:
     assert_all_is_free(engine)
 
 
-@pytest.mark.parametrize("name", ["restore_slot", "copy_slot", "copy_block"])
+@pytest.mark.parametrize("name", ["save_slot", "restore_slot", "copy_slot", "copy_block"])
 def test_a_runner_that_cannot_copy(engine: Engine, monkeypatch, name: str) -> None:
     prompt = list(range(5, 63)) * 3
     engine.generate([prompt], GREEDY)
@@ -85,7 +85,7 @@ def test_a_runner_that_cannot_copy(engine: Engine, monkeypatch, name: str) -> No
     with monkeypatch.context() as patch:
         patch.setattr(MemoryRunner, name, broken)
         with pytest.raises(EngineError, match=f"no {name}"):
-            engine.generate([prompt], GREEDY, n=3)
+            engine.generate([prompt, [*prompt[:100], 7], [*prompt[:100], 8]], GREEDY, n=3)
         assert_all_is_free(engine)
     assert works(engine)
 
