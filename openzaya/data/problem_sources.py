@@ -3,7 +3,10 @@
 Item = f(seed, index): a family and a difficulty are drawn, then a problem of the training split, then
 a demonstration, which is wrong with probability ``wrong_share`` (mixed quality leaves reinforcement
 learning something to select). Aggregation examples (arXiv 2605.05365, TTC data) put tails of some
-candidate solutions of mixed quality into a prompt; the target is always a perfect worked solution.
+candidate solutions of mixed quality into a prompt, some of them cut off as a token budget does; the
+target is a perfect worked solution. Where a prompt's tails say nothing about the problem (empty, or
+another problem's), the target is a demonstration like any other: it is what the tails hold that the
+model learns to work from, not the form of the prompt.
 """
 
 from __future__ import annotations
@@ -17,8 +20,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from openzaya.data.aggregation import PromptStyle, TaskKind, aggregation_prompt, tail_texts
 from openzaya.data.chat import render_many
 from openzaya.data.mixture import Example
+from openzaya.data.tokenizer import batch_offsets
 from openzaya.errors import DataError
-from openzaya.problems import Problem, Solution, Split, candidate_solutions, demonstration, get_family, make_problem
+from openzaya.problems import (
+    HABIT_SHARE,
+    Problem,
+    Solution,
+    Split,
+    candidate_solutions,
+    demonstration,
+    get_family,
+    make_problem,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,6 +54,7 @@ class _GeneratedSource(ABC):
         name: str,
         split: Split,
         wrong_share: float | Sequence[float],
+        habit_share: float,
         difficulty_weights: Sequence[float] | None,
         context_length: int | None,
         all_supervised: bool,
@@ -61,6 +75,8 @@ class _GeneratedSource(ABC):
         self._wrong_shares = self._per_difficulty("wrong_share", wrong_share)
         if any(not 0 <= share <= 1 for share in self._wrong_shares):
             raise DataError(f"{name}: wrong_share={wrong_share}; give shares between 0 and 1")
+        self._check_share("habit_share", habit_share)
+        self._habit_share = habit_share
         weights = [1.0] * len(self._difficulties) if difficulty_weights is None else difficulty_weights
         self._difficulty_weights = self._per_difficulty("difficulty_weights", weights)
         if min(self._difficulty_weights) < 0 or sum(self._difficulty_weights) <= 0:
@@ -80,6 +96,10 @@ class _GeneratedSource(ABC):
                 f"({self._difficulties[0]} to {self._difficulties[-1]}); give one each, or one number"
             )
         return [float(item) for item in value]
+
+    def _check_share(self, what: str, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise DataError(f"{self.name}: {what}={value}; give a share between 0 and 1")
 
     @abstractmethod
     def _conversations(self, indices: range) -> list[Conversation]: ...
@@ -144,6 +164,7 @@ class ProblemSource(_GeneratedSource):
         seed: int,
         split: Split = "train",
         wrong_share: float | Sequence[float] = 0.0,
+        habit_share: float = HABIT_SHARE,
         difficulty_weights: Sequence[float] | None = None,
         style: Literal["chat", "text"] = "chat",
         context_length: int | None = None,
@@ -159,6 +180,7 @@ class ProblemSource(_GeneratedSource):
             name=name,
             split=split,
             wrong_share=wrong_share,
+            habit_share=habit_share,
             difficulty_weights=difficulty_weights,
             context_length=context_length,
             all_supervised=style == "text",
@@ -168,16 +190,21 @@ class ProblemSource(_GeneratedSource):
         conversations = []
         for index in indices:
             problem, wrong_share, rng = self._problem(index)
-            conversations.append(_conversation(problem.prompt, demonstration(problem, rng, wrong_share)))
+            solution = demonstration(problem, rng, wrong_share, habit_share=self._habit_share)
+            conversations.append(_conversation(problem.prompt, solution))
         return conversations
 
 
 class AggregationSource(_GeneratedSource):
-    """Aggregation examples: a problem, tails of ``num_candidates`` solutions, and a perfect solution as target.
+    """Aggregation examples: a problem, tails of some candidate solutions, and a perfect solution as target.
 
     A pool of ``pool_size`` solutions a problem is written by annotators of mixed quality
-    (``wrong_share``), ``num_candidates`` of them are drawn, and the last ``tau`` tokens of each trace go
-    into the prompt (``openzaya.data.aggregation``).
+    (``wrong_share``, ``habit_share``), ``num_candidates`` (a number, or the lowest and the highest, both
+    included) are drawn from it with replacement, for after a round of aggregation candidates repeat
+    each other, and the last ``tau`` tokens of each trace go into the prompt
+    (``openzaya.data.aggregation``). ``cut_share`` of the candidates stop at a random token.
+    ``useless_share`` of the prompts hold empty tails or, in turn, those of another problem; the target
+    is then a demonstration of the same mixed quality.
     """
 
     def __init__(
@@ -187,11 +214,14 @@ class AggregationSource(_GeneratedSource):
         difficulties: tuple[int, int],
         *,
         seed: int,
-        num_candidates: int = 3,
+        num_candidates: int | tuple[int, int] = 3,
         pool_size: int = 8,
         tau: int = 64,
+        cut_share: float = 0.0,
+        useless_share: float = 0.0,
         split: Split = "train",
         wrong_share: float | Sequence[float] = 0.5,
+        habit_share: float = HABIT_SHARE,
         difficulty_weights: Sequence[float] | None = None,
         task: TaskKind = "general",
         prompt_style: PromptStyle = "short",
@@ -199,10 +229,11 @@ class AggregationSource(_GeneratedSource):
         context_length: int | None = None,
         name: str = "aggregation",
     ) -> None:
-        if not 1 <= num_candidates <= pool_size:
-            raise DataError(
-                f"{name}: num_candidates={num_candidates} must be between 1 and pool_size={pool_size}; change one"
-            )
+        fewest, most = (num_candidates,) * 2 if isinstance(num_candidates, int) else num_candidates
+        if not 1 <= fewest <= most:
+            raise DataError(f"{name}: num_candidates={num_candidates}; give 1 or more, of two numbers the lower first")
+        if pool_size < 1:
+            raise DataError(f"{name}: pool_size={pool_size}; give at least 1")
         if tau < 1:
             raise DataError(f"{name}: tau={tau} tokens; give at least 1")
         if style not in ("chat", "text"):
@@ -215,31 +246,60 @@ class AggregationSource(_GeneratedSource):
             name=name,
             split=split,
             wrong_share=wrong_share,
+            habit_share=habit_share,
             difficulty_weights=difficulty_weights,
             context_length=context_length,
             all_supervised=style == "text",
         )
-        self._num_candidates = num_candidates
+        self._check_share("cut_share", cut_share)
+        self._check_share("useless_share", useless_share)
+        self._num_candidates = range(fewest, most + 1)
         self._pool_size = pool_size
         self._tau = tau
+        self._cut_share = cut_share
+        self._useless_share = useless_share
         self._task: TaskKind = task
         self._prompt_style: PromptStyle = prompt_style
 
     def _conversations(self, indices: range) -> list[Conversation]:
-        problems = []
+        items: list[tuple[Problem, Solution, int]] = []
         traces: list[str] = []
+        stops: list[float] = []
         for index in indices:
             problem, wrong_share, rng = self._problem(index)
-            pool = candidate_solutions(problem, rng, self._pool_size, wrong_share)
-            problems.append(problem)
-            traces += [solution.trace for solution in rng.sample(pool, self._num_candidates)]
-        candidates = tail_texts(traces, self._tau, self._tokenizer)
+            num = rng.choice(self._num_candidates)
+            target = get_family(problem.family).solve(problem)
+            shown: Problem | None = problem
+            if rng.random() < self._useless_share:
+                shown = None if rng.random() < 0.5 else self._another_problem(rng)
+                target = demonstration(problem, rng, wrong_share, habit_share=self._habit_share)
+            candidates = [""] * num
+            if shown is not None:
+                pool = candidate_solutions(shown, rng, self._pool_size, wrong_share, habit_share=self._habit_share)
+                candidates = [solution.trace for solution in rng.choices(pool, k=num)]
+            items.append((problem, target, num))
+            traces += candidates
+            stops += [rng.random() if rng.random() < self._cut_share else 1.0 for _ in candidates]
+        candidate_tails = iter(tail_texts(self._stopped(traces, stops), self._tau, self._tokenizer))
         conversations = []
-        for i, problem in enumerate(problems):
-            chosen = candidates[i * self._num_candidates : (i + 1) * self._num_candidates]
+        for problem, target, num in items:
+            chosen = [next(candidate_tails) for _ in range(num)]
             prompt = aggregation_prompt(problem.prompt, chosen, self._task, style=self._prompt_style)
-            conversations.append(_conversation(prompt, get_family(problem.family).solve(problem)))
+            conversations.append(_conversation(prompt, target))
         return conversations
+
+    def _another_problem(self, rng: random.Random) -> Problem:
+        family = self._families[rng.randrange(len(self._families))]
+        difficulty = self._difficulties[rng.randrange(len(self._difficulties))]
+        return make_problem(family, difficulty, self.seed, rng.getrandbits(48), self._split)
+
+    def _stopped(self, traces: list[str], stops: Sequence[float]) -> list[str]:
+        """Each trace up to the token at its share of the way, at least one token; 1.0 leaves it whole."""
+        texts = []
+        for trace, stop, offsets in zip(traces, stops, batch_offsets(self._tokenizer, traces), strict=True):
+            kept = 1 + int(stop * (len(offsets) - 1)) if offsets and stop < 1.0 else len(offsets)
+            texts.append(trace if kept == len(offsets) else trace[: offsets[kept][0]])
+        return texts
 
 
 def _conversation(prompt: str, solution: Solution) -> Conversation:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from openzaya.data.mixture import Mixture, Source
 from openzaya.data.problem_sources import AggregationSource, ProblemSource
 from openzaya.data.sources import PYTHON_STDLIB, ConversationSource, TextSource
-from openzaya.problems import TRAINED_FAMILIES
+from openzaya.problems import HABIT_SHARE, TRAINED_FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,6 +48,8 @@ class _GeneratedConfig(_SourceConfig):
     difficulty_weights: list[float] | None = None
     wrong_share: float | list[float] = 0.0
     """Share of careless solutions: one number, or one a difficulty."""
+    habit_share: float = Field(HABIT_SHARE, ge=0, le=1)
+    """Share of the careless solutions that follow the family's wrong habit; the others slip."""
     style: Literal["chat", "text"] = "chat"
     """``chat`` supervises what the assistant writes, ``text`` everything."""
 
@@ -59,14 +61,22 @@ class ProblemsConfig(_GeneratedConfig):
 
 
 class AggregationConfig(_GeneratedConfig):
-    """Aggregation examples: tails of candidate solutions in the prompt, a perfect solution as target."""
+    """Aggregation examples: tails of candidate solutions in the prompt, a perfect solution as target.
+
+    Where the tails are useless the target is a demonstration of mixed quality (``wrong_share``).
+    """
 
     kind: Literal["aggregation"]
     wrong_share: float | list[float] = 0.5
-    num_candidates: int = Field(3, ge=1)
+    num_candidates: int | tuple[int, int] = 3
+    """One number, or the lowest and the highest, both included."""
     pool_size: int = Field(8, ge=1)
     tau: int = Field(64, ge=1)
     """Tokens of each tail."""
+    cut_share: float = Field(0.0, ge=0, le=1)
+    """Share of the candidates that stop at a random token."""
+    useless_share: float = Field(0.0, ge=0, le=1)
+    """Share of the prompts with empty tails, or those of another problem."""
     prompt_style: Literal["short", "full"] = "short"
 
 
@@ -114,6 +124,7 @@ def _build_source(config: SourceConfig, tokenizer: PreTrainedTokenizerFast, cont
             config.difficulties,
             seed=config.seed,
             wrong_share=config.wrong_share,
+            habit_share=config.habit_share,
             difficulty_weights=config.difficulty_weights,
             style=config.style,
             context_length=context_length,
@@ -127,7 +138,10 @@ def _build_source(config: SourceConfig, tokenizer: PreTrainedTokenizerFast, cont
         num_candidates=config.num_candidates,
         pool_size=config.pool_size,
         tau=config.tau,
+        cut_share=config.cut_share,
+        useless_share=config.useless_share,
         wrong_share=config.wrong_share,
+        habit_share=config.habit_share,
         difficulty_weights=config.difficulty_weights,
         prompt_style=config.prompt_style,
         style=config.style,

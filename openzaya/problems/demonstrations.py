@@ -14,28 +14,36 @@ from openzaya.problems.base import Annotator, Problem, Solution
 from openzaya.problems.registry import get_family
 
 HABIT_SHARE = 2 / 3
-"""Share of the careless annotators that has the family's wrong habit; the others slip."""
+"""Default share of the careless annotators that has the family's wrong habit; the others slip."""
 SLIP_RATE = 0.3
 """Chance of a slip at each step of a slipping annotator."""
 
 
-def demonstration(problem: Problem, rng: random.Random, wrong_share: float) -> Solution:
+def demonstration(
+    problem: Problem, rng: random.Random, wrong_share: float, *, habit_share: float = HABIT_SHARE
+) -> Solution:
     """One solution: careless with probability ``wrong_share``, else right.
 
-    A careless solution may still reach the right answer; ``Solution.correct`` tells.
+    ``habit_share`` of the careless ones follow the family's wrong habit, the others slip. The habit
+    makes the same error each time, so that where ``wrong_share * habit_share`` exceeds
+    ``1 - wrong_share`` the most frequent answer is a wrong one. A careless solution may still reach
+    the right answer; ``Solution.correct`` tells.
     """
-    if not 0.0 <= wrong_share <= 1.0:
-        raise DataError(f"wrong_share={wrong_share} is no probability; give a number from 0 to 1")
+    for name, share in (("wrong_share", wrong_share), ("habit_share", habit_share)):
+        if not 0.0 <= share <= 1.0:
+            raise DataError(f"{name}={share} is no probability; give a number from 0 to 1")
     family = get_family(problem.family)
     if rng.random() >= wrong_share:
         return family.solve(problem)
-    if rng.random() < HABIT_SHARE:
+    if rng.random() < habit_share:
         return family.solve(problem, Annotator(habit=True, slip_rate=0.0, rng=rng))
     return family.solve(problem, Annotator(habit=False, slip_rate=SLIP_RATE, rng=rng))
 
 
-def candidate_solutions(problem: Problem, rng: random.Random, num: int, wrong_share: float) -> list[Solution]:
+def candidate_solutions(
+    problem: Problem, rng: random.Random, num: int, wrong_share: float, *, habit_share: float = HABIT_SHARE
+) -> list[Solution]:
     """A pool of ``num`` independent demonstrations, for aggregation examples."""
     if num < 0:
         raise DataError(f"num={num} candidates cannot be drawn; give 0 or more")
-    return [demonstration(problem, rng, wrong_share) for _ in range(num)]
+    return [demonstration(problem, rng, wrong_share, habit_share=habit_share) for _ in range(num)]

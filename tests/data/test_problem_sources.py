@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import random
+import re
+
 import pytest
 
 from openzaya.data.mixture import Mixture, Source
@@ -10,7 +14,7 @@ from openzaya.data.problem_sources import AggregationSource, ProblemSource
 from openzaya.data.sources import TextSource
 from openzaya.data.tokenizer import encode_plain
 from openzaya.errors import DataError
-from openzaya.problems import TRAINED_FAMILIES, get_family, make_problem, split_of
+from openzaya.problems import TRAINED_FAMILIES, Annotator, get_family, make_problem, split_of
 
 FAMILIES = list(TRAINED_FAMILIES)
 USER = "<bos><|im_start|>user\n"
@@ -89,6 +93,51 @@ def test_aggregation_examples_hold_tails_and_a_perfect_target(tokenizer):
             assert tail and len(encode_plain(tokenizer, [tail])[0]) <= tau + 2
 
 
+def tails_of(problem, prompt):
+    """The tails in a short aggregation prompt."""
+    assert prompt.startswith(problem.prompt + "\n#1\n") and prompt.endswith("\n#?")
+    return re.split(r"\n#\d\n", prompt.removeprefix(problem.prompt).removesuffix("\n#?"))[1:]
+
+
+def test_numbers_of_candidates_vary_and_some_stop_early(tokenizer):
+    source = AggregationSource(
+        tokenizer, FAMILIES[:1], (4, 4), seed=1, num_candidates=(1, 4), tau=400, wrong_share=0.0, cut_share=0.25
+    )
+    family = get_family(FAMILIES[0])
+    numbers, lengths = collections.Counter(), []
+    for index in range(200):
+        prompt, _ = parts(tokenizer, source.example(index))
+        problem = make_problem(FAMILIES[0], 4, 1, index, "train")
+        trace = family.solve(problem).trace
+        tails = tails_of(problem, prompt)
+        assert all(tail and trace.startswith(tail) for tail in tails)
+        numbers[len(tails)] += 1
+        lengths += [len(tail) / len(trace) for tail in tails]
+    assert set(numbers) == {1, 2, 3, 4} and min(numbers.values()) > 25
+    cut = [length for length in lengths if length < 1]
+    assert 0.18 < len(cut) / len(lengths) < 0.32
+    assert min(cut) < 0.2 and max(cut) > 0.8
+
+
+def test_useless_tails_teach_nothing_but_the_usual_mixture(tokenizer):
+    source = AggregationSource(
+        tokenizer, FAMILIES[:1], (4, 4), seed=1, wrong_share=0.5, habit_share=1.0, useless_share=0.5, tau=400
+    )
+    family = get_family(FAMILIES[0])
+    right = collections.defaultdict(list)
+    for index in range(300):
+        prompt, response = parts(tokenizer, source.example(index))
+        problem = make_problem(FAMILIES[0], 4, 1, index, "train")
+        tails = tails_of(problem, prompt)
+        annotators = (None, Annotator(habit=True, slip_rate=0.0, rng=random.Random(0)))
+        own = {tail in [family.solve(problem, annotator).trace for annotator in annotators] for tail in tails}
+        kind = "empty" if not any(tails) else "own" if own == {True} else "other"
+        right[kind].append(family.verify(problem, response).reward)
+    assert all(right["own"]) and 100 < len(right["own"]) < 200
+    for kind in ("empty", "other"):
+        assert 50 < len(right[kind]) < 100 and 0.3 < sum(right[kind]) / len(right[kind]) < 0.7
+
+
 def test_items_beyond_the_context_are_skipped_and_counted(tokenizer):
     unlimited = ProblemSource(tokenizer, FAMILIES, (0, 7), seed=2)
     limited = ProblemSource(tokenizer, FAMILIES, (0, 7), seed=2, context_length=80)
@@ -128,7 +177,12 @@ def test_the_whole_pipeline_resumes(tokenizer):
         ({"wrong_share": 1.5}, "between 0 and 1"),
         ({"difficulty_weights": [0, 0, 0, 0]}, "not all 0"),
         ({"style": "poem"}, "unknown style"),
-        ({"num_candidates": 9}, "between 1 and pool_size=8"),
+        ({"num_candidates": (0, 2)}, "num_candidates="),
+        ({"pool_size": 0}, "pool_size=0"),
+        ({"num_candidates": (3, 2)}, "the lower first"),
+        ({"habit_share": -0.1}, "habit_share=-0.1"),
+        ({"cut_share": 2}, "cut_share=2"),
+        ({"useless_share": 1.1}, "useless_share=1.1"),
         ({"tau": 0}, "tau=0"),
     ],
 )

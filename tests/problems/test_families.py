@@ -298,6 +298,8 @@ def test_negative_difficulty_and_wrong_shares_are_refused() -> None:
         get_family("sorting").generate(random.Random(0), -1)
     with pytest.raises(DataError, match=r"wrong_share=1\.5"):
         demonstration(problem, random.Random(0), 1.5)
+    with pytest.raises(DataError, match=r"habit_share=-0\.1"):
+        demonstration(problem, random.Random(0), 0.5, habit_share=-0.1)
     with pytest.raises(DataError, match="slip_rate=2"):
         Annotator(False, 2, random.Random(0))
     with pytest.raises(DataError, match="num=-1"):
@@ -314,3 +316,6 @@ def test_demonstrations_mix_right_and_wrong_solutions_deterministically() -> Non
     assert 0.45 <= share_wrong <= 0.62  # 0.6, less the slipping annotators who did not slip
     habit = get_family("arithmetic_chain").solve(problem, Annotator(True, 0.0, random.Random(0)))
     assert 0.3 <= sum(solution == habit for solution in pool) / len(pool) <= 0.5
+    # A high share of habits makes the wrong answer the most frequent one.
+    pool = candidate_solutions(problem, random.Random(0), 400, 0.6, habit_share=0.9)
+    assert 0.48 <= sum(solution == habit for solution in pool) / len(pool) <= 0.6
