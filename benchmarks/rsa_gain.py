@@ -49,7 +49,7 @@ from openzaya.ttc.rsa import markovian_rsa
 
 BAND = (0.3, 0.7)
 NUM_CALIBRATION = 16
-NUM_PARALLEL = 80
+NUM_PARALLEL = 64
 """Samples a problem for ``single`` and ``majority``: more than RSA's tokens buy."""
 BASE = RSAConfig(
     n=16, c=4, t=2, beta=128, tau=64, final_budget=160, answer_budget=32, prompt_style="short", select="all"
@@ -75,10 +75,11 @@ class OtherTails(EngineCompleter):
 
     def __init__(self, engine: Engine, pool: Sequence[Tail], seed: int) -> None:
         super().__init__(engine)
-        self._pool, self._rng = pool, random.Random(seed)
+        self._pool, self._seed = pool, seed
 
     async def tails(self, texts: Sequence[str], tau: int) -> list[Tail]:
-        return [self._rng.choice(self._pool) for _ in texts]
+        # By the text itself: rollouts end in no fixed order.
+        return [random.Random(f"{self._seed} {text}").choice(self._pool) for text in texts]
 
 
 class Bench:
@@ -112,11 +113,10 @@ class Bench:
                     verifier=lambda rollout: reward(problem, rollout),
                 )
             done, num_tokens = done + 1, num_tokens + result.usage.completion
-            seconds = time.perf_counter() - began
-            left = format_duration(seconds / done * (len(problems) - done))
-            say(
-                f"\r{name}: {done}/{len(problems)} problems, {num_tokens / seconds:,.0f} tokens/s, {left} left ", end=""
-            )
+            if done % max(1, len(problems) // 5) == 0:
+                seconds = time.perf_counter() - began
+                left = format_duration(seconds / done * (len(problems) - done))
+                say(f"{name}: {done}/{len(problems)} problems, {num_tokens / seconds:,.0f} tokens/s, {left} left")
             return result
 
         results = await asyncio.gather(*(one(index, problem) for index, problem in enumerate(problems)))
@@ -318,30 +318,37 @@ def main() -> None:
         began = time.perf_counter()
         problems, num_asked = choose_problems(bench, options.problems, options.seed, band)
         compared, parallel = compare(bench, problems)
-        curves = sweep(bench, problems[: options.sweep], parallel[: options.sweep]) if options.sweep else None
-    record = {
-        "benchmark": "rsa_gain",
-        "date": datetime.date.today().isoformat(),
-        "environment": describe_environment(),
-        "model": str(options.model),
-        "seed": options.seed,
-        "settings": BASE.model_dump(mode="json"),
-        "problems_asked": num_asked,
-        "band": band,
-        "comparison": compared,
-        "sweep": curves,
-        "sweep_problems": options.sweep,
-        "seconds": round(time.perf_counter() - began),
-    }
-    for name, (mean, low, high) in compared["means"].items():
-        say(f"{name:<14} {mean:6.1%} [{low:5.1%}, {high:5.1%}]")
-    for name, (mean, low, high) in compared["rsa_minus"].items():
-        say(f"rsa - {name:<10} {100 * mean:+6.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        if curves:
-            plot(curves, options.out)
+        record = {
+            "benchmark": "rsa_gain",
+            "date": datetime.date.today().isoformat(),
+            "environment": describe_environment(),
+            "model": "untrained" if options.quick else str(options.model),
+            "seed": options.seed,
+            "settings": BASE.model_dump(mode="json"),
+            "problems_asked": num_asked,
+            "band": band,
+            "comparison": compared,
+            "seconds": round(time.perf_counter() - began),
+        }
+        for name, (mean, low, high) in compared["means"].items():
+            say(f"{name:<14} {mean:6.1%} [{low:5.1%}, {high:5.1%}]")
+        for name, (mean, low, high) in compared["rsa_minus"].items():
+            say(f"rsa - {name:<10} {100 * mean:+6.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
+        # Before the sweep, which takes as long again.
+        write(record, options.out)
+        if options.sweep:
+            curves = sweep(bench, problems[: options.sweep], parallel[: options.sweep])
+            record |= {"sweep": curves, "sweep_problems": options.sweep}
+            record["seconds"] = round(time.perf_counter() - began)
+            write(record, options.out)
+            if options.out:
+                plot(curves, options.out)
     print(json.dumps(record))
+
+
+def write(record: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
