@@ -49,7 +49,7 @@ from openzaya.ttc.rsa import markovian_rsa
 
 BAND = (0.3, 0.7)
 NUM_CALIBRATION = 16
-NUM_PARALLEL = 64
+NUM_PARALLEL = 56
 """Samples a problem for ``single`` and ``majority``: more than RSA's tokens buy."""
 BASE = RSAConfig(
     n=16, c=4, t=2, beta=128, tau=64, final_budget=160, answer_budget=32, prompt_style="short", select="all"
@@ -96,8 +96,8 @@ class Bench:
     async def _run(
         self, name: str, problems: Sequence[Problem], config: RSAConfig, completers: Sequence[EngineCompleter]
     ) -> list[RSAResult]:
-        limiter = asyncio.Semaphore(512)
-        together = asyncio.Semaphore(48)
+        limiter = asyncio.Semaphore(768)
+        together = asyncio.Semaphore(64)
         began, done, num_tokens = time.perf_counter(), 0, 0
 
         async def one(index: int, problem: Problem) -> RSAResult:
@@ -312,7 +312,7 @@ def main() -> None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             initialize_checkpoint("nano", directory / "model", seed=0)
             options.model, options.problems, options.sweep, band = directory / "model", 4, 0, (0.0, 1.0)
-        engine = stack.enter_context(Engine(options.model, max_running=256, max_waiting=1_000_000))
+        engine = stack.enter_context(Engine(options.model, max_running=512, max_waiting=1_000_000))
         journal = stack.enter_context(Journal.open(options.journal)) if options.journal else None
         bench = Bench(engine, options.seed, journal)
         began = time.perf_counter()
