@@ -1,6 +1,6 @@
 """What Markovian RSA gains over single rollouts, majority voting, and aggregators that see nothing useful.
 
-    python benchmarks/rsa_gain.py --model runs/nano/04-sft/model [--problems N] [--seed N] [--sweep N] [--journal FILE]
+    python benchmarks/rsa_gain.py --model runs/nano/04-sft/model [--problems N] [--seed N] [--sweep N] [--out FILE]
 
 Problems of the held-out split on which single rollouts score 30 to 70 %: which those are is decided by 16 samples that
 are used for nothing else, so a problem's luck there does not count. Compared on them, all at temperature 1, top-p 1:
@@ -13,7 +13,7 @@ are used for nothing else, so a problem's luck there does not count. Compared on
 
 Differences are paired by problem, with 95 % bootstrap intervals over problems. ``--sweep`` varies n, c, t, beta and tau
 one at a time on so many of the problems, and plots accuracy against generated tokens with the special cases as points.
-With ``--journal`` every rollout is kept, and a run that was interrupted goes on. The last line is one JSON object.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ import asyncio
 import contextlib
 import datetime
 import json
+import multiprocessing
+import os
 import random
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +47,13 @@ from openzaya.ttc.answers import majority
 from openzaya.ttc.completer import Rollout, Tail
 from openzaya.ttc.config import RSAConfig
 from openzaya.ttc.engine_completer import EngineCompleter
-from openzaya.ttc.journal import Journal, JournalProtocol
 from openzaya.ttc.results import RSAResult
 from openzaya.ttc.rsa import markovian_rsa
 
 BAND = (0.3, 0.7)
 NUM_CALIBRATION = 16
+FOREIGN_TAILS = 64
+"""A problem; its rollouts draw from them."""
 NUM_PARALLEL = 56
 """Samples a problem for ``single`` and ``majority``: more than RSA's tokens buy."""
 BASE = RSAConfig(
@@ -71,7 +76,7 @@ SPECIAL_NAMES = ("Delethink", "full-chain RSA", "PaCoRe", "hybrid")
 
 
 class OtherTails(EngineCompleter):
-    """Hands on tails of other problems: each is drawn from a pool to which its own problem gave nothing."""
+    """Hands on tails of other problems, drawn from a pool to which its own problem gave nothing."""
 
     def __init__(self, engine: Engine, pool: Sequence[Tail], seed: int) -> None:
         super().__init__(engine)
@@ -82,46 +87,77 @@ class OtherTails(EngineCompleter):
         return [random.Random(f"{self._seed} {text}").choice(self._pool) for text in texts]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """What one process is given to do."""
+
+    problems: list[Problem]
+    config: RSAConfig
+    pools: list[list[Tail]] | None
+    """Foreign tails for each problem, for the control."""
+
+
+_engine: Engine | None = None
+
+
+def _start(model: str) -> None:
+    """In each process: an engine of its own, with one thread."""
+    global _engine
+    _engine = Engine(model, max_running=384, max_waiting=1_000_000)
+
+
+def _run(shard: Shard) -> list[RSAResult]:
+    return asyncio.run(_run_all(shard))
+
+
+async def _run_all(shard: Shard) -> list[RSAResult]:
+    assert _engine is not None
+    engine, together = _engine, asyncio.Semaphore(48)
+
+    async def one(index: int, problem: Problem) -> RSAResult:
+        completer = EngineCompleter(engine)
+        if shard.pools is not None:
+            completer = OtherTails(engine, shard.pools[index], shard.config.seed + index)
+        async with together:
+            return await markovian_rsa(
+                problem.prompt, completer, shard.config, verifier=lambda rollout: reward(problem, rollout)
+            )
+
+    return list(await asyncio.gather(*(one(index, problem) for index, problem in enumerate(shard.problems))))
+
+
 class Bench:
-    """Runs settings on problems, several problems at a time, through one engine."""
+    """Runs settings on problems, in several processes: what is not arithmetic is Python, one core a process."""
 
-    def __init__(self, engine: Engine, seed: int, journal: JournalProtocol | None) -> None:
-        self.engine, self.seed, self.journal = engine, seed, journal
-        self.completer = EngineCompleter(engine)
+    def __init__(self, model: str, seed: int, num_processes: int) -> None:
+        self.seed = seed
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(model,))
 
-    def run(self, name: str, problems: Sequence[Problem], config: RSAConfig, completers: Any = None) -> list[RSAResult]:
-        """One result a problem; ``completers`` has one for each, where they differ."""
-        return asyncio.run(self._run(name, problems, config, completers or [self.completer] * len(problems)))
-
-    async def _run(
-        self, name: str, problems: Sequence[Problem], config: RSAConfig, completers: Sequence[EngineCompleter]
+    def run(
+        self, name: str, problems: Sequence[Problem], config: RSAConfig, pools: list[list[Tail]] | None = None
     ) -> list[RSAResult]:
-        limiter = asyncio.Semaphore(768)
-        together = asyncio.Semaphore(64)
+        """One result a problem."""
+        config = config.model_copy(update={"seed": self.seed})
+        results: list[RSAResult | None] = [None] * len(problems)
+        size = max(1, min(32, len(problems) // 4))
+        begun: dict[Future[list[RSAResult]], int] = {}
+        for start in range(0, len(problems), size):
+            part = None if pools is None else pools[start : start + size]
+            shard = Shard(list(problems[start : start + size]), config, part)
+            begun[self.pool.submit(_run, shard)] = start
         began, done, num_tokens = time.perf_counter(), 0, 0
-
-        async def one(index: int, problem: Problem) -> RSAResult:
-            nonlocal done, num_tokens
-            async with together:
-                result = await markovian_rsa(
-                    problem.prompt,
-                    completers[index],
-                    config.model_copy(update={"seed": self.seed}),
-                    journal=self.journal,
-                    run_key=f"{name}/{problem.canonical}",
-                    limiter=limiter,
-                    verifier=lambda rollout: reward(problem, rollout),
-                )
-            done, num_tokens = done + 1, num_tokens + result.usage.completion
-            if done % max(1, len(problems) // 5) == 0:
-                seconds = time.perf_counter() - began
-                left = format_duration(seconds / done * (len(problems) - done))
-                say(f"{name}: {done}/{len(problems)} problems, {num_tokens / seconds:,.0f} tokens/s, {left} left")
-            return result
-
-        results = await asyncio.gather(*(one(index, problem) for index, problem in enumerate(problems)))
-        say(f"{name}: mean {np.mean([score(result) for result in results]):.3f}")
-        return list(results)
+        for future in as_completed(begun):
+            found = future.result()
+            results[begun[future] : begun[future] + len(found)] = found
+            done += len(found)
+            num_tokens += sum(result.usage.completion for result in found)
+            seconds = time.perf_counter() - began
+            left = format_duration(seconds / done * (len(problems) - done))
+            say(f"{name}: {done}/{len(problems)} problems, {num_tokens / seconds:,.0f} tokens/s, {left} left")
+        whole = [result for result in results if result is not None]
+        say(f"{name}: mean {np.mean([score(result) for result in whole]):.3f}")
+        return whole
 
 
 def say(text: str) -> None:
@@ -136,8 +172,13 @@ def reward(problem: Problem, rollout: Rollout) -> float | None:
     return get_family(problem.family).verify(problem, text).reward
 
 
-def choose_problems(bench: Bench, wanted: int, seed: int, band: tuple[float, float]) -> tuple[list[Problem], int]:
-    """So many problems whose single rollouts score inside the band, and how many were asked for it."""
+def choose_problems(
+    bench: Bench, wanted: int, seed: int, band: tuple[float, float], per_cell: int = 6
+) -> tuple[list[Problem], int]:
+    """So many problems whose single rollouts score inside the band, and how many were asked for it.
+
+    ``per_cell`` problems of each family and difficulty are asked at a time.
+    """
     parallel = BASE.model_copy(update={"t": 0, "n": NUM_CALIBRATION})
     kept: list[Problem] = []
     seen: set[str] = set()
@@ -145,7 +186,7 @@ def choose_problems(bench: Bench, wanted: int, seed: int, band: tuple[float, flo
         problems = []
         for family in TRAINED_FAMILIES:
             for difficulty in range(2, 8):
-                for index in range(batch * 6, batch * 6 + 6):
+                for index in range(batch * per_cell, (batch + 1) * per_cell):
                     problem = make_problem(family, difficulty, seed, index, "heldout")
                     if problem.canonical not in seen:
                         seen.add(problem.canonical)
@@ -188,11 +229,11 @@ def compare(bench: Bench, problems: list[Problem]) -> tuple[dict[str, Any], list
     parallel = bench.run("parallel", problems, BASE.model_copy(update={"t": 0, "n": NUM_PARALLEL}))
     empty = bench.run("empty tails", problems, BASE.model_copy(update={"tau": 0}))
     tails = [[c.tail for one in result.rounds[:-1] for c in one.done if c.tail is not None] for result in rsa]
-    others = []
+    draw, pools = random.Random(bench.seed), []
     for index in range(len(problems)):
-        pool = [tail for other, mine in enumerate(tails) if other != index for tail in mine]
-        others.append(OtherTails(bench.engine, pool, bench.seed + index))
-    foreign = bench.run("tails of other problems", problems, BASE, others)
+        others = [tail for other, mine in enumerate(tails) if other != index for tail in mine]
+        pools.append(draw.sample(others, min(FOREIGN_TAILS, len(others))))
+    foreign = bench.run("tails of other problems", problems, BASE, pools)
     votes = [vote(p, r.usage.completion) for p, r in zip(parallel, rsa, strict=True)]
     means = {
         "single": np.array([score(result) for result in parallel]),
@@ -214,6 +255,7 @@ def compare(bench: Bench, problems: list[Problem]) -> tuple[dict[str, Any], list
             name: mean_with_interval(means["rsa"] - means[name]) for name in ("single", "majority", "empty", "others")
         },
         "families": families,
+        "per_problem": {name: [round(float(value), 4) for value in values] for name, values in means.items()},
         "votes": float(np.mean([count for _, count in votes])),
         "tokens_per_problem": {
             name: float(np.mean([result.usage.completion for result in results]))
@@ -298,7 +340,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=504)
     parser.add_argument("--sweep", type=int, default=0, help="problems of the sweep; 0: none")
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--journal", help="keep every rollout in this file, and go on from it")
+    parser.add_argument("--processes", type=int, default=2, help="one core each")
     parser.add_argument("--out", type=Path, help="write the record here; the plot beside it")
     parser.add_argument("--quick", action="store_true", help="an untrained model and few problems: does it run?")
     options = parser.parse_args()
@@ -312,11 +354,12 @@ def main() -> None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             initialize_checkpoint("nano", directory / "model", seed=0)
             options.model, options.problems, options.sweep, band = directory / "model", 4, 0, (0.0, 1.0)
-        engine = stack.enter_context(Engine(options.model, max_running=512, max_waiting=1_000_000))
-        journal = stack.enter_context(Journal.open(options.journal)) if options.journal else None
-        bench = Bench(engine, options.seed, journal)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        bench = Bench(str(options.model), options.seed, options.processes)
+        stack.enter_context(bench.pool)
         began = time.perf_counter()
-        problems, num_asked = choose_problems(bench, options.problems, options.seed, band)
+        num_asked_together = 1 if options.quick else 6
+        problems, num_asked = choose_problems(bench, options.problems, options.seed, band, num_asked_together)
         compared, parallel = compare(bench, problems)
         record = {
             "benchmark": "rsa_gain",
