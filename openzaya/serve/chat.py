@@ -11,23 +11,27 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from openzaya.infer.constraint import make_constraint
 from openzaya.infer.outputs import Delta
 from openzaya.infer.sampling import SamplingParams
 from openzaya.infer.toolcalls import ToolCall
 from openzaya.serve.answer import Answer, Part, chat_logprobs, experts_object, usage
 from openzaya.serve.errors import bad_request
-from openzaya.serve.jobs import Job, Record, Service, start
+from openzaya.serve.jobs import Job, Service, start
+from openzaya.serve.messages import plain_messages
 from openzaya.serve.middleware import record_of
 from openzaya.serve.prompts import (
     Prompt,
     chat_prompt,
     format_constraint,
-    plain_messages,
     sampling_params,
     thinking,
     tool_constraint,
 )
+from openzaya.serve.rsa import Wish, wish_of
+from openzaya.serve.rsa_chat import rsa_completions
 from openzaya.serve.schemas import ChatRequest
+from openzaya.serve.service import Record
 from openzaya.serve.streaming import DONE, KEEPALIVE, EventStream, NoResponse, event, finish_or_leave
 
 
@@ -57,7 +61,7 @@ class Conversation:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": f"weights-{self.service.engine.version}",
+            "system_fingerprint": self.service.fingerprint,
         }
 
     def logprobs(self, logprobs: list[Any]) -> dict[str, Any] | None:
@@ -71,12 +75,47 @@ class Conversation:
 
 async def chat_completions(service: Service, body: ChatRequest, request: Request) -> Response:
     """Answer a request; raises ``ApiError``."""
+    wish = wish_of(body, service.settings)
+    if wish is not None:
+        return await _with_rsa(service, body, wish, request)
     conversation = await _prepare(service, body, record_of(request))
     job = await start(service, [conversation.prompt.tokens], [conversation.params], body.n or 1, conversation.record)
     if body.stream:
         return EventStream(job, _chunks(conversation, job))
     whole = await finish_or_leave(request, job, _gather(conversation, job))
     return NoResponse() if whole is None else JSONResponse(whole)
+
+
+async def _with_rsa(service: Service, body: ChatRequest, wish: Wish, request: Request) -> Response:
+    model = service.check_model(wish.model)
+    await service.in_worker(_check_final, service, body)
+    return await rsa_completions(
+        service,
+        body,
+        wish,
+        plain_messages(body.messages),
+        service.completer,
+        model,
+        request,
+        fingerprint=service.fingerprint,
+    )
+
+
+def _check_final(service: Service, body: ChatRequest) -> None:
+    """Refuse at once what the final call, hours later, could not be held to."""
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    constraint = format_constraint(body.response_format)
+    parallel = body.parallel_tool_calls is not False
+    forced = tool_constraint(tools, body.tool_choice or "auto", service.tokenizer, parallel)
+    if constraint and forced:
+        raise bad_request("response_format and a forced tool_choice exclude each other; leave one out", "tool_choice")
+    config = service.engine.config
+    make_constraint(
+        SamplingParams(**constraint, **forced),
+        service.tokenizer,
+        vocab_size=config.vocab_size,
+        eos_token_id=config.eos_token_id,
+    )
 
 
 async def _prepare(service: Service, body: ChatRequest, record: Record) -> Conversation:

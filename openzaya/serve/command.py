@@ -9,23 +9,64 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from openzaya.config import parse_assignment
 from openzaya.errors import ConfigError
 from openzaya.serve.settings import Effort
+from openzaya.ttc.config import from_proxy_names, make_config
 
-PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
+if TYPE_CHECKING:
+    from openzaya.serve.service import BaseService
+    from openzaya.serve.settings import ServerSettings
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+ENGINE_PACKAGES = ("llguidance",)
+PROXY_PACKAGES = ("httpx", "tenacity")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class RSAOptions:
+    """What ``openzaya serve`` was told about Markovian RSA."""
+
+    for_effort: bool = False
+    beta: int | None = None
+    tau: int | None = None
+    changes: tuple[str, ...] = ()
+    """``name=value``."""
+    max_rollouts: int = 512
+    max_tokens: int = 16_000_000
+    max_running: int = 16
+    concurrency: int = 64
+    timeout: float = 14_400.0
+    journal: Path | None = None
+
+    def defaults(self) -> dict[str, Any]:
+        """Settings where a request says nothing. Raises ``ConfigError`` for those that RSA does not have."""
+        values: dict[str, Any] = {"beta": self.beta, "tau": self.tau}
+        values = {name: value for name, value in values.items() if value is not None}
+        for change in self.changes:
+            name, value = parse_assignment(change)
+            group, _, entry = name.rpartition(".")
+            if group:
+                values.setdefault(group, {})[entry] = value
+            else:
+                values[name] = value
+        make_config("default", values)
+        return from_proxy_names(values)
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """What ``openzaya serve`` was told; the defaults are in cli.py."""
 
-    model: str
+    model: str | None
+    """A checkpoint; None with ``proxy``."""
     host: str
     port: int
     api_key: str | None
@@ -47,11 +88,18 @@ class ServeOptions:
     effort: str
     log_prompts: bool
     insecure: bool
+    rsa: RSAOptions
+    proxy: str | None = None
+    """URL of the endpoint that answers instead of a model of our own."""
+    upstream_key: str | None = None
+    upstream_model: str | None = None
+    tokenizer: str | None = None
 
 
 def check_options(options: ServeOptions) -> None:
     """Raise ``ConfigError`` for what can be seen to be wrong before anything is loaded."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    needed = PACKAGES + (ENGINE_PACKAGES if options.proxy is None else PROXY_PACKAGES)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"the server needs {', '.join(missing)}; install with: pip install 'openzaya[serve]'")
     from openzaya.serve.launch import is_loopback
@@ -62,6 +110,10 @@ def check_options(options: ServeOptions) -> None:
         raise ConfigError(
             f"host {options.host} is reached from other machines and there is no API key; give --api-key (or "
             "OPENZAYA_API_KEY), listen on 127.0.0.1, or say --insecure"
+        )
+    if options.proxy is not None and options.served_names:
+        raise ConfigError(
+            "--served-name: requests are passed on with the upstream's names; name its model with --model"
         )
     if options.effort not in get_args(Effort):
         raise ConfigError(f"effort '{options.effort}' is unknown; choose one of: {', '.join(get_args(Effort))}")
@@ -76,27 +128,22 @@ def model_names(options: ServeOptions) -> tuple[str, ...]:
     """The names that requests may give: those chosen, else the directory's own, or the hub id."""
     if options.served_names:
         return options.served_names
+    if options.model is None:
+        return (options.upstream_model or "upstream",)
     directory = Path(options.model).expanduser()
     # Not its path: clients need not know where things lie on the server.
     return (directory.resolve().name or "model",) if directory.is_dir() else (options.model,)
 
 
-def serve_model(options: ServeOptions, progress: object = None) -> None:
-    """Run the server until it is told to stop. Raises ``OpenZayaError`` with what stands in the way."""
-    check_options(options)
+def server_settings(options: ServeOptions, context: int | None) -> ServerSettings:
+    """Limits and access of the server. Raises ``ConfigError``."""
     from pydantic import SecretStr
 
-    from openzaya.infer.engine import Engine
-    from openzaya.machine.sizes import parse_tokens
-    from openzaya.serve.launch import is_loopback, open_socket, run_server, url_of
-    from openzaya.serve.prepare import prepare
+    from openzaya.serve.launch import is_loopback
     from openzaya.serve.settings import ServerSettings
 
-    context = None if options.context is None else parse_tokens(options.context)
-    if context is not None and context < 2:
-        raise ConfigError(f"context={context}, expected at least 2: one token of prompt and one of answer; raise it")
     guarded = options.api_key is None and is_loopback(options.host)
-    settings = ServerSettings(
+    return ServerSettings(
         model_names=model_names(options),
         api_key=None if options.api_key is None else SecretStr(options.api_key),
         allowed_hosts=(*LOOPBACK_NAMES, options.host, *options.allowed_hosts) if guarded else None,
@@ -105,39 +152,98 @@ def serve_model(options: ServeOptions, progress: object = None) -> None:
         max_tokens_limit=options.max_tokens_limit,
         max_body_bytes=max(1024, int(options.max_body_mb * 1e6)),
         effort=options.effort,
+        effort_rsa=options.rsa.for_effort,
+        rsa_defaults=options.rsa.defaults(),
+        rsa_max_rollouts=options.rsa.max_rollouts,
+        rsa_max_tokens=options.rsa.max_tokens,
+        rsa_max_running=options.rsa.max_running,
+        rsa_concurrency=options.rsa.concurrency,
+        rsa_timeout_s=options.rsa.timeout,
         request_timeout_s=options.request_timeout,
         drain_s=options.drain_timeout,
         log_prompts=options.log_prompts,
     )
-    listener = open_socket(options.host, options.port)
-    with listener:
-        _say(_plan(options, context))
-        path = prepare(options.model, options.quantize, progress)  # type: ignore[arg-type]
-        engine = Engine(
-            path,
-            dtype=options.dtype,
-            device=options.device,
-            cache_dtype=options.cache_dtype,  # type: ignore[arg-type]  # checked above
-            cache_bytes=None if options.cache_gb is None else int(options.cache_gb * 1e9),
-            max_running=options.max_running,
-            max_waiting=options.max_waiting,
-        )
-        with engine:
-            if not is_loopback(options.host) and options.api_key is None:
-                _say("warning: anyone who reaches this machine can use the server")
-
-            def announce() -> None:
-                print(f"serving {settings.model_name} at {url_of(listener)}", flush=True)
-
-            run_server(engine, settings, listener, announce)
 
 
-def _plan(options: ServeOptions, context: int | None) -> str:
+def serve_model(options: ServeOptions, progress: object = None) -> None:
+    """Run the server until it is told to stop. Raises ``OpenZayaError`` with what stands in the way."""
+    check_options(options)
+    from openzaya.machine.sizes import parse_tokens
+    from openzaya.serve.launch import is_loopback, open_socket
+
+    context = None if options.context is None else parse_tokens(options.context)
+    if context is not None and context < 2:
+        raise ConfigError(f"context={context}, expected at least 2: one token of prompt and one of answer; raise it")
+    settings = server_settings(options, context)
+    with open_socket(options.host, options.port) as listener:
+        if options.api_key is None and not is_loopback(options.host):
+            _say("warning: anyone who reaches this machine can use the server")
+        if options.proxy is None:
+            _serve_engine(options, settings, listener, progress)
+        else:
+            _serve_proxy(options, settings, listener)
+
+
+def _serve_engine(options: ServeOptions, settings: ServerSettings, listener: socket.socket, progress: object) -> None:
+    from openzaya.infer.engine import Engine
+    from openzaya.serve.launch import run_server, url_of
+    from openzaya.serve.prepare import prepare
+    from openzaya.serve.server import create_app
+
+    assert options.model is not None
+    _say(_plan(options, options.model, settings.context))
+    path = prepare(options.model, options.quantize, progress)  # type: ignore[arg-type]
+    engine = Engine(
+        path,
+        dtype=options.dtype,
+        device=options.device,
+        cache_dtype=options.cache_dtype,  # type: ignore[arg-type]  # checked before
+        cache_bytes=None if options.cache_gb is None else int(options.cache_gb * 1e9),
+        max_running=options.max_running,
+        max_waiting=options.max_waiting,
+    )
+    with engine:
+        app = create_app(engine, settings)
+        _open_journal(app.state.service, options)
+        run_server(app, listener, lambda: _announce(settings.model_name, url_of(listener)))
+
+
+def _serve_proxy(options: ServeOptions, settings: ServerSettings, listener: socket.socket) -> None:
+    from openzaya.serve.launch import run_server, url_of
+    from openzaya.serve.proxy import ProxyService, create_proxy
+
+    assert options.proxy is not None
+    service = ProxyService(
+        options.proxy,
+        settings,
+        api_key=options.upstream_key,
+        model=options.upstream_model,
+        tokenizer=options.tokenizer,
+    )
+    _say(f"upstream: {service.upstream.url}")
+    _open_journal(service, options)
+    app = create_proxy(service)
+    run_server(app, listener, lambda: _announce(settings.model_name, url_of(listener)))
+
+
+def _open_journal(service: BaseService, options: ServeOptions) -> None:
+    """The service closes it."""
+    if options.rsa.journal is not None:
+        from openzaya.ttc.journal import Journal
+
+        service.journal = Journal.open(options.rsa.journal)
+
+
+def _announce(name: str, url: str) -> None:
+    print(f"serving {name} at {url}", flush=True)
+
+
+def _plan(options: ServeOptions, model: str, context: int | None) -> str:
     """What the model will take on this machine. Loads nothing."""
     from openzaya.machine.facts import look
     from openzaya.machine.plan import find_model, make_plan, plan_text
 
-    source = find_model(options.model)
+    source = find_model(model)
     limit = source.config.max_position_embeddings
     plan = make_plan(
         source,

@@ -15,10 +15,11 @@ from openzaya.infer.outputs import Completion, TokenLogprob
 from openzaya.infer.sampling import SamplingParams
 from openzaya.serve.answer import experts_object, finite
 from openzaya.serve.errors import bad_request
-from openzaya.serve.jobs import Job, Record, Service, fresh_seed, start
+from openzaya.serve.jobs import Job, Service, start
 from openzaya.serve.middleware import record_of
 from openzaya.serve.prompts import sampling_params, text_prompts
 from openzaya.serve.schemas import CompletionRequest
+from openzaya.serve.service import Record, fresh_seed
 from openzaya.serve.streaming import DONE, KEEPALIVE, EventStream, NoResponse, event, finish_or_leave
 
 
@@ -62,7 +63,7 @@ class Continuation:
             "object": "text_completion",
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": f"weights-{self.service.engine.version}",
+            "system_fingerprint": self.service.fingerprint,
         }
 
     def usage(self) -> dict[str, Any]:

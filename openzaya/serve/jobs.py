@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -24,8 +23,10 @@ from openzaya.infer.sampling import SamplingParams
 from openzaya.serve.errors import ApiError, bad_request, from_user_error, internal_error
 from openzaya.serve.logs import log_exception
 from openzaya.serve.metrics import ServerMetrics
+from openzaya.serve.service import BaseService, Record, fail_late
 from openzaya.serve.settings import ServerSettings
 from openzaya.serve.tokens import TokenTexts
+from openzaya.ttc.engine_completer import EngineCompleter
 
 if TYPE_CHECKING:
     from openzaya.infer.engine import Engine
@@ -35,52 +36,33 @@ Item = tuple[int, Delta] | ApiError
 """What a job's queue holds: the number of a prompt and a piece of one of its candidates, or what ends the job."""
 
 
-@dataclass
-class Record:
-    """What the log line and the metrics of a request say of its tokens."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    seconds_to_first: float | None = None
-    prompt: Any = None
-    error: str | None = None
-
-
-class Service:
-    """Everything that the endpoints share: the engine, the settings, and the jobs that are running."""
+class Service(BaseService):
+    """The service of an engine: everything that its endpoints share."""
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         if engine.tokenizer is None:
             raise EngineError("the engine has no tokenizer, which a server needs; give one to Engine(tokenizer=...)")
-        self.engine, self.settings, self.tokenizer = engine, settings, engine.tokenizer
+        super().__init__(settings, ServerMetrics(engine))
+        self.engine, self.tokenizer = engine, engine.tokenizer
         self.token_texts = TokenTexts(engine.tokenizer)
-        self.metrics = ServerMetrics(engine)
-        self.draining = False
-        self.jobs: set[Job] = set()
         self.mailbox = Mailbox()
-        self.num_requests = 0
-        """Requests that have arrived and have no whole answer yet; health and metrics do not count."""
-        self.started_unix_s = int(time.time())
         # One worker: texts are tokenized one request at a time, away from the event loop.
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="openzaya-tokenizer")
+
+    @functools.cached_property
+    def completer(self) -> EngineCompleter:
+        """What runs of RSA ask."""
+        return EngineCompleter(self.engine, model=self.settings.model_name)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"weights-{self.engine.version}"
 
     @property
     def context(self) -> int:
         """Most tokens of prompt and answer together."""
         largest = self.engine.max_sequence_tokens
         return min(largest, self.settings.context or largest)
-
-    def check_model(self, name: str | None) -> str:
-        """The name to answer with; raises ``ApiError`` (404) for a model that is not served here."""
-        if name is None:
-            return self.settings.model_name
-        if name not in self.settings.model_names:
-            served = ", ".join(self.settings.model_names)
-            raise ApiError(
-                404, f"model '{name[:200]}' is not served here; use {served}", param="model", code="model_not_found"
-            )
-        return name
 
     @functools.cached_property
     def longest_token(self) -> int:
@@ -126,13 +108,8 @@ class Service:
                 "n",
             )
 
-    def fail_all(self) -> None:
-        """End all jobs with a 503: the server leaves."""
-        for job in list(self.jobs):
-            job.fail(ApiError(503, "the server is shutting down", code="shutting_down"))
-
-    def close(self) -> None:
-        self.fail_all()
+    async def aclose(self) -> None:
+        await super().aclose()
         self.worker.shutdown(wait=False, cancel_futures=True)
 
 
@@ -158,10 +135,6 @@ class Mailbox:
             job.queue.put_nowait(item)
 
 
-def fresh_seed() -> int:
-    return random.SystemRandom().getrandbits(31)
-
-
 @dataclass(eq=False)
 class Job:
     """One request in the engine. Begin it with :func:`start`; read :meth:`events` to the end, or :meth:`close` it."""
@@ -175,11 +148,13 @@ class Job:
     request_ids: list[str] = field(default_factory=list)
     begun_s: float = field(default_factory=time.perf_counter)
     timer: asyncio.TimerHandle | None = None
+    time_limit_s: float = 0.0
     _num_candidates: int = 0
     _seen: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._num_candidates = self.num_open
+        self.time_limit_s = self.service.settings.request_timeout_s
 
     def fail(self, error: ApiError) -> None:
         """End the job with ``error``, at once."""
@@ -274,15 +249,7 @@ async def start(
     except BaseException:
         await job.close()
         raise
-    seconds = service.settings.request_timeout_s
-    # The client's library must not send a request again by itself that took too long once.
-    late = ApiError(
-        408,
-        f"the request took longer than {seconds:g} s; ask for fewer tokens",
-        code="timeout",
-        headers={"x-should-retry": "false"},
-    )
-    job.timer = loop.call_later(seconds, job.fail, late)
+    job.timer = fail_late(job, "ask for fewer tokens")
     return job
 
 

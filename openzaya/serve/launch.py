@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from openzaya.errors import ConfigError
-from openzaya.serve.jobs import Service
 from openzaya.serve.logs import log_event, set_up_logging
-from openzaya.serve.server import create_app
-from openzaya.serve.settings import ServerSettings
+from openzaya.serve.service import BaseService
 
 if TYPE_CHECKING:
-    from openzaya.infer.engine import Engine
+    from fastapi import FastAPI
 
 LAST_WORDS_S = 2.0
 """For the answers that tell clients that the server leaves."""
@@ -37,7 +35,7 @@ BACKLOG = 2048
 class DrainingServer(uvicorn.Server):
     """Uvicorn's server with a gentle end."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: BaseService) -> None:
         super().__init__(config)
         self._service = service
         self._drains_until_s: float | None = None
@@ -92,16 +90,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def run_server(
-    engine: Engine, settings: ServerSettings, listener: socket.socket, on_listening: Callable[[], None] | None = None
-) -> None:
+def run_server(app: FastAPI, listener: socket.socket, on_listening: Callable[[], None] | None = None) -> None:
     """Serve until a signal comes; returns when all is finished. Only in the main thread.
 
     Args:
         on_listening: called once, when connections to the socket are no longer refused.
     """
     set_up_logging()
-    app = create_app(engine, settings)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -47,9 +47,10 @@ class _EngineCollector(Collector):
 class ServerMetrics:
     """One server's metrics, in a registry of its own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | None = None) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine))
+        if engine is not None:
+            self.registry.register(_EngineCollector(engine))
         self.requests = Counter("openzaya_http_requests", "Answers", ("endpoint", "status"), registry=self.registry)
         self.seconds = Histogram(
             "openzaya_http_request_seconds",
@@ -67,12 +68,16 @@ class ServerMetrics:
             buckets=SECONDS_PER_TOKEN,
             registry=self.registry,
         )
-
-        self.open_requests = Gauge(
-            "openzaya_open_requests",
-            "Requests without a whole answer yet",
-            registry=self.registry,
+        self.open_requests = self._gauge("openzaya_open_requests", "Requests without a whole answer yet")
+        self.jobs = self._gauge("openzaya_jobs", "Requests that the engine, an RSA run or an upstream works on")
+        self.tasks = self._gauge("openzaya_tasks", "Tasks of the event loop, that of the reader included")
+        self.rollouts = Counter("openzaya_rsa_rollouts", "Ended rollouts", ("status",), registry=self.registry)
+        self.rollout_tokens = Counter(
+            "openzaya_rsa_generated_tokens", "Tokens that rollouts generated", registry=self.registry
         )
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, registry=self.registry)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
         self.requests.labels(endpoint, str(status)).inc()

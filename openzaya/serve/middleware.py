@@ -17,8 +17,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openzaya.serve.errors import ApiError, internal_error
-from openzaya.serve.jobs import Record, Service
 from openzaya.serve.logs import MAX_PATH_CHARACTERS, log_event, log_exception, request_id
+from openzaya.serve.service import BaseService, Record
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -39,7 +39,7 @@ def record_of(request: Request) -> Record:
 class RequestScope:
     """Gives each request its id, its log line and its metrics; turns an exception into a 500."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: BaseService) -> None:
         self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +108,7 @@ class RequestScope:
 class Guard:
     """Lets through what may go on to an endpoint, with its whole body in memory."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: BaseService) -> None:
         self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -16,12 +16,12 @@ from openzaya.infer.outputs import Delta
 from openzaya.infer.sampling import SamplingParams
 from openzaya.serve.answer import Answer, chat_logprobs
 from openzaya.serve.errors import ApiError, bad_request
-from openzaya.serve.jobs import Job, Record, Service, start
+from openzaya.serve.jobs import Job, Service, start
+from openzaya.serve.messages import plain_messages
 from openzaya.serve.middleware import record_of
 from openzaya.serve.prompts import (
     Prompt,
     chat_prompt,
-    plain_messages,
     sampling_params,
     schema_constraint,
     thinking,
@@ -29,6 +29,7 @@ from openzaya.serve.prompts import (
 )
 from openzaya.serve.responses_items import Event, OutputItems
 from openzaya.serve.responses_schema import ResponsesRequest
+from openzaya.serve.service import Record
 from openzaya.serve.streaming import KEEPALIVE, EventStream, NoResponse, event, finish_or_leave
 
 LOGPROBS = "message.output_text.logprobs"

@@ -97,6 +97,8 @@ class ResponseFormat(Lenient):
 
 class StreamOptions(Lenient):
     include_usage: Flag | None = None
+    include_rsa: Flag | None = None
+    """Tell in chunks what happens to each candidate of an RSA run."""
 
 
 class TemplateSettings(Lenient):
@@ -155,6 +157,8 @@ class ChatRequest(Sampling):
     thinking_budget: Count | None = None
     """Most tokens of reasoning; wins over ``reasoning_effort``."""
     thinking_token_budget: Count | None = None
+    rsa: Flag | Text | dict[str, Any] | None = None
+    """Answer with Markovian RSA: true, a preset, or settings, ``preset`` and ``events`` among them."""
 
 
 class CompletionRequest(Sampling):

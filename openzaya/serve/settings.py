@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
@@ -17,6 +17,17 @@ EFFORT_BUDGETS: dict[str, int | None] = {
     "xhigh": None,
 }
 """Most tokens of reasoning for each effort; None: no limit of its own. ``none`` switches thinking off."""
+
+
+EFFORT_WIDTHS: dict[str, dict[str, int] | None] = {
+    "none": None,
+    "minimal": None,
+    "low": {"n": 4, "c": 4, "t": 1},
+    "medium": {"n": 8, "c": 4, "t": 2},
+    "high": {"n": 16, "c": 4, "t": 2},
+    "xhigh": {"n": 32, "c": 4, "t": 2},
+}
+"""Width and depth of Markovian RSA for each effort, with ``effort_rsa``; None: a plain answer."""
 
 
 class ServerSettings(BaseModel):
@@ -40,6 +51,20 @@ class ServerSettings(BaseModel):
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     effort: Effort = "high"
     """Where a request says nothing about thinking."""
+
+    effort_rsa: bool = False
+    """A request's ``reasoning_effort`` is answered with Markovian RSA of that width and depth."""
+    rsa_defaults: dict[str, Any] = {}
+    """Settings of RSA that hold where neither a request's fields nor its ``rsa`` say otherwise."""
+    rsa_max_rollouts: int = Field(512, ge=1)
+    rsa_max_tokens: int = Field(16_000_000, ge=1)
+    """Most tokens that the rollouts of one request may generate if all of them use up their budgets."""
+    rsa_max_running: int = Field(16, ge=1)
+    """RSA requests at a time; more get 429."""
+    rsa_concurrency: int = Field(64, ge=1)
+    """Rollouts at a time of one request; with a proxy, of all."""
+    rsa_timeout_s: float = Field(4 * 3600.0, gt=0)
+    """As ``request_timeout_s``, for a request with RSA."""
 
     request_timeout_s: float = Field(1800.0, gt=0)
     body_timeout_s: float = Field(30.0, gt=0)

@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from openzaya.serve.errors import ApiError, internal_error
-from openzaya.serve.jobs import Job
 from openzaya.serve.logs import log_exception
+from openzaya.serve.service import Work
 
 T = TypeVar("T")
 
@@ -35,8 +35,8 @@ def event(data: Any, name: str | None = None) -> bytes:
     return f"{head}data: {_dumps(data)}\n\n".encode()
 
 
-async def finish_or_leave(request: Request, job: Job, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of ``work``; None where the client left first. The job is closed in any case."""
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``; None where the client left first, and ``work`` was cancelled."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -46,6 +46,13 @@ async def finish_or_leave(request: Request, job: Job, work: Coroutine[Any, Any, 
         gone.cancel()
         task.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def finish_or_leave(request: Request, job: Work, work: Coroutine[Any, Any, T]) -> T | None:
+    """As :func:`unless_gone`; the job is closed in any case."""
+    try:
+        return await unless_gone(request, work)
+    finally:
         await job.close()
 
 
@@ -61,7 +68,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, source: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, job: Work, source: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.job, self.source = job, source
@@ -69,7 +76,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(_disconnected(receive))
-        limit = self.job.service.settings.request_timeout_s + WRITE_GRACE_S
+        limit = self.job.time_limit_s + WRITE_GRACE_S
         try:
             await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED, timeout=limit)
             if writing.done():

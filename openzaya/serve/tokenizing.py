@@ -10,7 +10,7 @@ from openzaya.data.chat import render
 from openzaya.data.tokenizer import encode_plain
 from openzaya.serve.errors import bad_request
 from openzaya.serve.jobs import Service
-from openzaya.serve.prompts import plain_messages
+from openzaya.serve.messages import plain_messages
 from openzaya.serve.schemas import DetokenizeRequest, TokenizeRequest
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from openzaya.errors import CompletionFailed, RSAError
+from openzaya.ttc.clients import Clients, Lease
 from openzaya.ttc.completer import Usage
 from openzaya.ttc.replies import Assembled, BrokenReply, Reply, error_message, read_reply
 
@@ -127,8 +128,7 @@ class Connection:
         self._timeout_s, self._idle_timeout_s = timeout_s, idle_timeout_s
         self._max_retries, self._retry_wait_s = max_retries, retry_wait_s
         self._limit = asyncio.Semaphore(concurrency)
-        self._concurrency = concurrency
-        self._client, self._owns_client = client, client is None
+        self._clients = Clients(concurrency + 8, client)
         self._jitter = random.Random()
 
     def __repr__(self) -> str:
@@ -145,9 +145,7 @@ class Connection:
         return text[:MESSAGE_CHARACTERS]
 
     async def close(self) -> None:
-        if self._client is not None and self._owns_client:
-            await self._client.aclose()
-            self._client = None
+        await self._clients.close()
 
     # --- single requests, for probing and counting -----------------------------------------------------
 
@@ -225,7 +223,8 @@ class Connection:
         longest = min(self._timeout_s, timeout_s or self._timeout_s)
         try:
             async with asyncio.timeout(longest) as limit:
-                return await self._exchange(method, url, body, limit)
+                with self._lease() as client:
+                    return await self._exchange(client, method, url, body, limit)
         except TimeoutError:
             raise Unavailable(
                 f"no answer in time (timeout_s={longest:g}, idle_timeout_s={self._idle_timeout_s:g})"
@@ -236,8 +235,9 @@ class Connection:
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise Unavailable(self.hide(f"{type(error).__name__}: {error}")) from None
 
-    async def _exchange(self, method: str, url: str, body: Mapping[str, Any] | None, limit: asyncio.Timeout) -> Any:
-        client = self._opened()
+    async def _exchange(
+        self, client: httpx.AsyncClient, method: str, url: str, body: Mapping[str, Any] | None, limit: asyncio.Timeout
+    ) -> Any:
         request = client.build_request(
             method,
             url,
@@ -286,15 +286,10 @@ class Connection:
             raise Unavailable(f"HTTP {status}: {message}", status=status, wait_s=wait_s)
         raise Refused(status, message)
 
-    def _opened(self) -> httpx.AsyncClient:
-        import httpx
-
+    def _lease(self) -> Lease:
         if self._query:
             _hide_in_logs(self)
-        if self._client is None:
-            limits = httpx.Limits(max_connections=self._concurrency + 8, max_keepalive_connections=self._concurrency)
-            self._client = httpx.AsyncClient(limits=limits, trust_env=True)
-        return self._client
+        return self._clients.lease()
 
     def _timeouts(self) -> httpx.Timeout:
         import httpx

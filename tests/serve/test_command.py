@@ -30,12 +30,15 @@ def checkpoint(tmp_path_factory):
     return miniature.write_babbling_model(tmp_path_factory.mktemp("checkpoint") / "little")
 
 
+RSA = {"n": 4, "c": 2, "t": 1, "beta": 12, "tau": 6, "final_budget": 20, "answer_budget": 8}
+
+
 class Process:
     """A server as its operator starts it."""
 
-    def __init__(self, checkpoint, *arguments: str):
+    def __init__(self, *arguments: object):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "openzaya.cli", "serve", str(checkpoint), "--port", "0", *arguments],
+            [sys.executable, "-m", "openzaya.cli", "serve", *map(str, arguments), "--port", "0"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -149,3 +152,40 @@ def test_what_is_refused(checkpoint, tmp_path):
         assert "--port" in error_line(openzaya("serve", checkpoint, "--port", port))
     error_line(openzaya("serve", tmp_path / "nothing", "--port", 0))
     assert openzaya("serve").code == 2 and openzaya("serve", checkpoint, "--port", 70000).code == 2
+
+
+def rsa_answer(url: str, **more):
+    body = {"messages": [{"role": "user", "content": "Add: 24+52"}], "seed": 3, "rsa": RSA} | more
+    response = httpx.post(url + "/v1/chat/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_rsa_on_a_server_and_through_a_proxy(begin, checkpoint, tmp_path):
+    server = begin(checkpoint, "--effort-rsa", "--rsa-beta", 12, "--rsa-tau", 4, "--rsa-set", "final_budget=16")
+    whole = rsa_answer(server.url)
+    assert [one["done"] for one in whole["rsa"]["rounds"]] == [4, 4] and whole["model"] == "little"
+    low = rsa_answer(server.url, rsa=None, reasoning_effort="low")["rsa"]["config"]
+    assert (low["n"], low["t"], low["beta"], low["tau"], low["final_budget"]) == (4, 1, 12, 4, 16)
+    journal = tmp_path / "runs.sqlite"
+    proxy = begin("--proxy", server.url, "--rsa-journal", journal, "--upstream-key", "sk-0123456789")
+    assert proxy.name == "upstream"
+    first = rsa_answer(proxy.url)
+    assert first["model"] == "little"
+    proxy.process.send_signal(signal.SIGTERM)
+    assert proxy.wait() == 0
+    text = "".join(proxy.errors)
+    assert "Traceback" not in text and "sk-0123456789" not in text and b"sk-0123456789" not in journal.read_bytes()
+    again = rsa_answer(begin("--proxy", server.url, "--rsa-journal", journal).url)
+    assert [one["resumed"] for one in again["rsa"]["rounds"]] == [4, 4] and again["choices"] == first["choices"]
+    taken = error_line(openzaya("serve", "--proxy", server.url, "--port", 0, "--rsa-journal", journal))
+    assert "journal" in taken or "use" in taken
+
+
+@pytest.mark.skipif("OPENZAYA_NANO" not in os.environ, reason="OPENZAYA_NANO names no checkpoint of the nano model")
+def test_the_nano_model_aggregates(begin):
+    server = begin(os.environ["OPENZAYA_NANO"])
+    wanted = {"n": 8, "c": 3, "t": 2, "beta": 160, "tau": 48, "final_budget": 200, "answer_budget": 40}
+    answer = rsa_answer(server.url, rsa=wanted)
+    assert [one["done"] for one in answer["rsa"]["rounds"]] == [8, 8, 8]
+    assert "76" in answer["choices"][0]["message"]["content"]

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
-PAGE_PATH = Path(__file__).parents[2] / "openzaya" / "serve" / "page.html"
-PAGE = PAGE_PATH.read_text(encoding="utf-8")
+from openzaya.serve.page import RSA_MARK, load_page, page_policy
+from openzaya.ttc.config import PRESETS, RSAConfig
+
+PAGE = load_page() or ""
 SCRIPT = re.findall(r"<script>(.*?)</script>", PAGE, flags=re.DOTALL)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -74,9 +76,19 @@ def test_what_the_page_sends_is_what_the_server_knows() -> None:
     body = re.search(r"function requestBody\(\).*?\n}\n", PAGE, flags=re.DOTALL)
     assert body is not None
     returned = body[0].partition("return {")[2]
-    sent = {name for name in re.findall(r"([a-z_]+): ", returned) if name not in ("role", "content", "include_usage")}
+    sent = {name for name in re.findall(r"([a-z_]+): ", returned) if name not in ("role", "content")}
+    sent -= schemas.StreamOptions.model_fields.keys()
     assert sent >= {"messages", "stream", "thinking_budget", "enable_thinking", "max_tokens"}
     assert sent <= schemas.ChatRequest.model_fields.keys()
+
+
+def test_the_settings_of_a_run_are_those_that_rsa_has() -> None:
+    assert RSA_MARK not in PAGE and "class RunTree" in SCRIPT[0]
+    menu = re.search(r'<select id="rsa_preset">(.*?)</select>', PAGE, flags=re.DOTALL)
+    assert menu is not None and set(re.findall(r"<option>(.*?)</option>", menu[1])) <= PRESETS.keys()
+    [numbers] = re.findall(r"RSA_NUMBERS = (\[.*?\])", PAGE)
+    assert set(json.loads(numbers)) <= RSAConfig.model_fields.keys()
+    assert all(f'id="rsa_{name}"' in PAGE and f'"rsa_{name}"' in PAGE for name in json.loads(numbers))
 
 
 def test_labels_and_language() -> None:
@@ -99,6 +111,21 @@ def test_labels_and_language() -> None:
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</" + "script>"
 REASONING = ["First ", "think. "]
 ANSWER = ["Here:\n\n``", "`python\nprint('<b>')\n``", "`\nDone. `x` ", HOSTILE]
+
+DONE = {"event": "candidate", "status": "done", "tokens": 10, "seconds": 0.5, "finish_reason": "stop", "parents": []}
+ROUND = {"event": "round", "done": 2, "tokens": 20, "seconds": 0.7}
+RUN: list[dict[str, Any]] = [
+    {"event": "started", "widths": [2, 2], "config": {}, "warnings": ["budgets are scaled"]},
+    {"event": "launched", "round": 0, "slot": 0, "parents": []},
+    DONE | {"round": 0, "slot": 1, "answer": "42"},
+    {"event": "candidate", "round": 0, "slot": 0, "parents": [], "status": "failed", "answer": None, "error": "no"},
+    ROUND | {"round": 0, "slots": {"1": "42"}, "answers": {"42": 1}, "done": 1},
+    DONE | {"round": 1, "slot": 0, "parents": [0, 1], "answer": "42.0", "finish_reason": "length"},
+    DONE | {"round": 1, "slot": 1, "parents": [1], "answer": HOSTILE, "content": HOSTILE, "reasoning": "so"},
+    ROUND | {"round": 1, "slots": {"0": "42", "1": HOSTILE}, "answers": {"42": 1, HOSTILE: 1}},
+    {"event": "selected", "slots": [0]},
+    {"event": "finished", "tokens": 40, "seconds": 1.5, "stopped_early": None, "deviations": ["quorum"]},
+]
 
 DRIVER = """
 (async () => {
@@ -126,6 +153,26 @@ DRIVER = """
   document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
   await until(() => running === null);
   result.stopped = [...document.querySelectorAll(".facts")].at(-1).textContent;
+  at("rsa_preset").value = "light"; at("rsa_n").value = "2"; showRsaFields(); saveSettings();
+  result.fields = !at("rsa-numbers").hidden;
+  say("run");
+  await until(() => running === null && document.querySelector(".run"));
+  const cells = [...document.querySelectorAll(".cell")];
+  result.cells = cells.map((cell) => cell.textContent); result.classes = cells.map((cell) => cell.dataset.class);
+  result.counters = [...document.querySelectorAll(".counter")].map((one) => one.textContent);
+  result.bars = document.querySelectorAll(".stack div").length;
+  result.run = document.querySelector(".run .run-status").textContent;
+  result.warning = document.querySelector(".run .warning").textContent;
+  cells[2].dispatchEvent(new MouseEvent("mouseenter"));
+  result.lines = document.querySelectorAll(".lines path").length;
+  result.near = document.querySelectorAll(".cell.near").length;
+  cells[3].click();
+  result.detail = document.querySelector(".candidate").textContent;
+  result.runMarkup = document.querySelectorAll(".run img, .run script").length;
+  result.runAnswer = [...document.querySelectorAll(".answer")].at(-1).textContent;
+  cells[3].click();
+  result.closed = document.querySelector(".candidate").hidden;
+  at("rsa_preset").value = ""; showRsaFields(); saveSettings();
   say("broken");
   await until(() => document.querySelector(".error"));
   result.error = document.querySelector(".error").textContent;
@@ -152,8 +199,6 @@ class Seen:
 
 
 def handler(seen: Seen, page: str) -> type[BaseHTTPRequestHandler]:
-    from openzaya.serve.server import page_policy
-
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, format: str, *arguments: Any) -> None:
             pass
@@ -203,6 +248,9 @@ def handler(seen: Seen, page: str) -> type[BaseHTTPRequestHandler]:
             if last == "broken":
                 self.event({"error": {"message": "out of order"}})
                 return
+            for data in RUN if last == "run" else ():
+                delta = {"reasoning_content": "a line\n"} if data["event"] == "candidate" else {}
+                self.event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}], "rsa": data})
             while last == "forever":
                 self.delta(content="on and on ")
                 seen.client_left.wait(0.01)
@@ -242,6 +290,19 @@ def seen() -> Iterator[tuple[Seen, str]]:
     thread.join()
 
 
+def check_run(result: dict[str, Any], body: dict[str, Any]) -> None:
+    assert body["rsa"] == {"preset": "light", "n": 2} and "thinking_budget" not in body
+    assert body["stream_options"] == {"include_usage": True, "include_rsa": True} and result["fields"]
+    assert result["cells"][:3] == ["0 failed", "1 42", "0 42 ✂ ★"] and result["cells"][3].startswith("1 <img src=x")
+    assert result["classes"] == ["none", "0", "0", result["classes"][3]] and result["classes"][3] not in ("0", "none")
+    assert result["counters"] == ["1/2, 20 tokens, 0.7 s", "2/2, 20 tokens, 0.7 s"] and result["bars"] == 3
+    assert result["warning"] == "budgets are scaled"
+    assert result["run"] == "Markovian RSA: 40 tokens in 1.5 s · deviation: quorum"
+    assert result["lines"] == 2 and result["near"] == 3, "to both parents"
+    assert HOSTILE in result["detail"] and "read the tails of 1" in result["detail"] and result["runMarkup"] == 0
+    assert result["closed"] and result["runAnswer"].startswith("Here:")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_in_chromium(seen: tuple[Seen, str], tmp_path: Path) -> None:
     found, address = seen
@@ -270,6 +331,7 @@ def test_in_chromium(seen: tuple[Seen, str], tmp_path: Path) -> None:
     assert result["error"] == "out of order" and result["focus"] == "key"
     assert result["key"] == "secret" and "secret" not in json.dumps(result["local"])
     assert found.keys == {"Bearer secret"}
+    check_run(result, next(body for body in found.bodies if body["messages"][-1]["content"] == "run"))
     assert found.paths == {"/", "/v1/models", "/v1/chat/completions", "/result"}
     first = found.bodies[0]
     assert (
@@ -277,5 +339,5 @@ def test_in_chromium(seen: tuple[Seen, str], tmp_path: Path) -> None:
     )
     assert found.bodies[1] == first, "regenerated from the same messages"
     roles = [message["role"] for message in found.bodies[-1]["messages"]]
-    assert roles == ["user", "assistant", "user", "assistant", "user", "user"], "no empty answer is sent again"
+    assert roles == [*["user", "assistant"] * 3, "user", "user"], "no empty answer is sent again"
     assert "First think" not in json.dumps(found.bodies), "reasoning is not sent again"
