@@ -210,8 +210,8 @@ def make_config(preset: str | RSAConfig = "default", changes: Mapping[str, Any] 
             raise ConfigError(f"RSA preset '{preset}' is unknown; choose one of: {', '.join(PRESETS)}")
         preset = PRESETS[preset]
     values = preset.model_dump() | from_proxy_names(changes or {})
-    if changes and "t" in values and len(values["widths"]) not in (0, values["t"] + 1) and "widths" not in changes:
-        values["widths"] = ()
+    if changes and "widths" not in changes and isinstance(values["t"], int):
+        values["widths"] = values["widths"] if len(values["widths"]) == values["t"] + 1 else ()
     try:
         return RSAConfig.model_validate(values)
     except ValidationError as error:
