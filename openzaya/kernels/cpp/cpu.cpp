@@ -62,8 +62,8 @@ int64_t cpu_step(int threads, const Model* model, const Memory* memory, const Wo
 // y (tokens, rows) = x (tokens, columns) W^T of one matrix of a stack, for tests.
 void cpu_product(int threads, const Matrix* matrix, int64_t expert, int64_t tokens, const float* x, float* y) {
     const int64_t columns = matrix->columns, padded = round_up(columns, GROUP), groups = padded / GROUP;
-    std::vector<float> floats(size_t(tokens * padded + 64)), scales(size_t(tokens * groups));
-    std::vector<bf16> shorts(size_t(tokens * padded + 64));
+    std::vector<float> floats(size_t(tokens * (padded + SKEW) + 64)), scales(size_t(tokens * groups));
+    std::vector<bf16> shorts(size_t(tokens * (padded + SKEW) + 64));
     std::vector<int8_t> bytes(size_t(tokens * padded + 64));
     std::vector<int32_t> sums(size_t(tokens * groups));
     const Activations a{columns, padded, floats.data(), shorts.data(), bytes.data(), scales.data(), sums.data()};

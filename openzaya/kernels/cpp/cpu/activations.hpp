@@ -10,7 +10,11 @@ namespace oz {
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// Rows of one width; only the wanted forms exist. Rows are `padded` apart and zero behind `columns`.
+// Behind a row of floats, so that the rows of a tile do not all fall on the same few places of the core's first cache.
+constexpr int64_t SKEW = 32;
+
+// Rows of one width; only the wanted forms exist. Rows of bytes are `padded` apart, others `stride()`; up to `padded`
+// they are zero behind `columns`.
 struct Activations {
     int64_t columns, padded;
     float* floats;
@@ -20,24 +24,25 @@ struct Activations {
     int32_t* sums;
 
     int64_t groups() const { return padded / GROUP; }
+    int64_t stride() const { return padded + SKEW; }
 
     // The rows from `first` on.
     Activations from(int64_t first) const {
         Activations rest = *this;
-        if (floats) rest.floats += first * padded;
-        if (shorts) rest.shorts += first * padded;
+        if (floats) rest.floats += first * stride();
+        if (shorts) rest.shorts += first * stride();
         if (bytes) rest.bytes += first * padded, rest.scales += first * groups(), rest.sums += first * groups();
         return rest;
     }
 
     void put(int64_t row, const float* x) const {
         if (floats) {
-            float* to = floats + row * padded;
+            float* to = floats + row * stride();
             if (to != x) std::memcpy(to, x, size_t(columns) * 4);
             for (int64_t i = columns; i < padded; i++) to[i] = 0;
         }
         if (shorts) {
-            bf16* to = shorts + row * padded;
+            bf16* to = shorts + row * stride();
             for (int64_t i = 0; i < columns; i++) to[i] = to_bf16(x[i]);
             for (int64_t i = columns; i < padded; i++) to[i] = 0;
         }

@@ -11,6 +11,7 @@
 // weights are broadcast in units of 4 bytes, so both products are one routine.
 #pragma once
 
+#include <algorithm>
 #include <cfloat>
 
 #include "activations.hpp"
@@ -63,20 +64,24 @@ struct Kind<INT8> {
     static Floats floats(Sums s) { return to_floats(s); }
 };
 
-// `steps` steps of N lines each, `step_bytes` apart, times R rows of 4-byte words. The lines `ahead` bytes further on
-// will be needed next: blocks lie anywhere in memory, and the processor cannot guess where the next one is. They are
-// fetched into the second level only, for the first is no larger than a block.
-template <int64_t FORMAT, bool KEYS, int R, int N>
-inline void lines_times_words(const uint8_t* lines, int64_t step_bytes, int64_t steps, int64_t ahead,
+// Lines of the next block, asked for while this one is computed: blocks lie anywhere in memory, and the processor cannot
+// guess where the next one is. They come into the second level only, for the first is no larger than a block.
+struct Ahead {
+    const uint8_t* at;
+    void fetch(int64_t lines) {
+        for (int64_t i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
+// `steps` steps of N lines each, `step_bytes` apart, times R rows of 4-byte words.
+template <int64_t FORMAT, bool KEYS, int R, int N, int FETCHED>
+inline void lines_times_words(const uint8_t* lines, int64_t step_bytes, int64_t steps, Ahead& next,
                               const uint32_t* const* words, typename Kind<FORMAT>::Sums (*sums)[N]) {
     using K = Kind<FORMAT>;
     for (int64_t i = 0; i < steps; i++) {
         Line step[N];
-        for (int n = 0; n < N; n++) {
-            step[n] = line(lines + i * step_bytes + n * 64);
-            if (KEYS || i >= BLOCK_TOKENS / (2 * K::PER_LANE))
-                __builtin_prefetch(lines + i * step_bytes + n * 64 + ahead, 0, 2);
-        }
+        for (int n = 0; n < N; n++) step[n] = line(lines + i * step_bytes + n * 64);
+        next.fetch(FETCHED);
         for (int r = 0; r < R; r++) {
             Line word = broadcast4(words[r] + i);
             for (int n = 0; n < N; n++) {
@@ -97,13 +102,12 @@ struct Query {
     Gathered to;
 };
 
-// One block for up to QUERIES queries, added to the running maximum and sums in `to`.
-template <int64_t FORMAT, int R>
+// One block for R queries, added to the running maximum and sums in `to`. FETCH: the block `next` is asked for meanwhile.
+template <int64_t FORMAT, int R, bool FETCH>
 void attend_block(const CacheHead& cache, int64_t block, int64_t next, int64_t first_key, int64_t head_dim, Query* query) {
     using K = Kind<FORMAT>;
-    constexpr int N = 4;
+    constexpr int N = BLOCK_TOKENS / LANES;
     const int64_t width = padded_head(head_dim), steps = width / K::PER_LANE;
-    const int64_t ahead = (next - block) * cache.block_bytes;
     const uint32_t* words[R];
     typename K::Sums sums[R][N];
     for (int r = 0; r < R; r++) {
@@ -113,67 +117,51 @@ void attend_block(const CacheHead& cache, int64_t block, int64_t next, int64_t f
             else sums[r][n] = K::zero();
         }
     }
-    lines_times_words<FORMAT, true, R, N>(cache.keys + block * cache.block_bytes, 256, steps, ahead, words, sums);
+    Ahead keys{cache.keys + next * cache.block_bytes}, values{cache.values + next * cache.block_bytes};
+    lines_times_words<FORMAT, true, R, N, FETCH * N>(cache.keys + block * cache.block_bytes, N * 64, steps, keys, words, sums);
 
-    alignas(64) float weight[R][BLOCK_TOKENS];
+    // What was gathered shrinks where a larger score is found; `share` is what the products with the values count.
+    float shrink[R], share[R];
     alignas(64) uint32_t packed[R][BLOCK_TOKENS];
-    float value_scale[R];
     int64_t used = 0;
-    // The first half of the next values is asked for here, where nothing else is read.
-    const int64_t half_bytes = BLOCK_TOKENS * width * 4 / K::PER_LANE / 2;
-    const uint8_t* next_values = cache.values + next * cache.block_bytes;
     for (int r = 0; r < R; r++) {
         Query& q = query[r];
-        float* w = weight[r];
-        for (int64_t i = half_bytes * r / R / 64; i < half_bytes * (r + 1) / R / 64; i++)
-            __builtin_prefetch(next_values + i * 64, 0, 2);
-        for (int n = 0; n < N; n++) {
-            Floats score = K::floats(sums[r][n]) * all(q.scale);
-            if constexpr (FORMAT == INT8) score = score * load(cache.key_scales + block * cache.block_scales + n * 16);
-            store(w + n * 16, score);
-        }
-        int64_t low = q.first - first_key, high = q.last - first_key + 1;  // keys [low, high) of this block are seen
-        low = low < 0 ? 0 : (low > BLOCK_TOKENS ? BLOCK_TOKENS : low);
-        high = high < low ? low : (high > BLOCK_TOKENS ? BLOCK_TOKENS : high);
-        used = high > used ? high : used;
+        if (FETCH) values.fetch(steps * N / 2 / R);  // half of them here, where nothing else is read
+        const int64_t low = std::clamp<int64_t>(q.first - first_key, 0, BLOCK_TOKENS);  // keys [low, high) are seen
+        const int64_t high = std::clamp<int64_t>(q.last - first_key + 1, low, BLOCK_TOKENS);
+        const bool whole = low == 0 && high == BLOCK_TOKENS;
+        used = std::max(used, high);
         if (low == high) {
             std::memset(packed[r], 0, sizeof packed[r]);
-            value_scale[r] = 0;
+            shrink[r] = 1, share[r] = 0;
             continue;
         }
-        for (int64_t j = 0; j < low; j++) w[j] = -FLT_MAX;
-        for (int64_t j = high; j < BLOCK_TOKENS; j++) w[j] = -FLT_MAX;
+        Floats w[N];
+        for (int n = 0; n < N; n++) {
+            w[n] = K::floats(sums[r][n]) * all(q.scale);
+            if constexpr (FORMAT == INT8) w[n] = w[n] * load(cache.key_scales + block * cache.block_scales + n * LANES);
+            if (!whole) w[n] = only(w[n], low - n * LANES, high - n * LANES, -FLT_MAX);
+        }
         const float before = *q.to.largest;
-        const float now = oz::largest(larger(larger(load(w), load(w + 16)), larger(load(w + 32), load(w + 48))));
-        const float most_so_far = now > before ? now : before;
-        const float shrink = exponential(before - most_so_far);
-        for (int64_t j = 0; j < BLOCK_TOKENS; j += LANES) store(w + j, exponentials(load(w + j) + all(-most_so_far)));
-        for (int64_t j = 0; j < low; j++) w[j] = 0;
-        for (int64_t j = high; j < BLOCK_TOKENS; j++) w[j] = 0;
-        Floats total = (load(w) + load(w + 16)) + (load(w + 32) + load(w + 48));
-        *q.to.total = *q.to.total * shrink + sum(total);
-        *q.to.largest = most_so_far;
-        for (int64_t i = 0; i < width; i += LANES) store(q.to.values + i, load(q.to.values + i) * all(shrink));
-        value_scale[r] = 1;
+        const float now = std::max(before, oz::largest(larger(larger(w[0], w[1]), larger(w[2], w[3]))));
+        for (int n = 0; n < N; n++) {
+            w[n] = exponentials(w[n] + all(-now));
+            if (!whole) w[n] = only(w[n], low - n * LANES, high - n * LANES, 0);
+        }
+        shrink[r] = exponential(before - now), share[r] = 1;
+        *q.to.total = *q.to.total * shrink[r] + sum((w[0] + w[1]) + (w[2] + w[3]));
+        *q.to.largest = now;
         if constexpr (FORMAT == FLOAT32) {
-            std::memcpy(packed[r], w, sizeof packed[r]);
+            for (int n = 0; n < N; n++) store((float*)packed[r] + n * LANES, w[n]);
         } else if constexpr (FORMAT == BFLOAT16) {
-            bf16* to = (bf16*)packed[r];
-            for (int64_t j = 0; j < BLOCK_TOKENS; j++) to[j] = to_bf16_number(w[j]);
+            for (int n = 0; n < N; n++) store_bf16((bf16*)packed[r] + n * LANES, w[n]);
         } else {
             // The values' scales go into the weights, which are then rounded to 8 bits of the block's largest.
-            const float* scales = cache.value_scales + block * cache.block_scales;
-            Floats most_of = all(0);
-            for (int64_t j = 0; j < BLOCK_TOKENS; j += LANES) {
-                Floats scaled = load(w + j) * load(scales + j);
-                store(w + j, scaled);
-                most_of = larger(most_of, scaled);
-            }
-            const float most = oz::largest(most_of);
-            float inverse = most > 1e-36f ? 255.0f / most : 0.0f;
-            uint8_t* to = (uint8_t*)packed[r];
-            for (int64_t j = 0; j < BLOCK_TOKENS; j++) to[j] = uint8_t(int32_t(__builtin_rintf(w[j] * inverse)));
-            value_scale[r] = most * (1.0f / 255.0f);
+            for (int n = 0; n < N; n++) w[n] = w[n] * load(cache.value_scales + block * cache.block_scales + n * LANES);
+            const float most = oz::largest(larger(larger(w[0], w[1]), larger(w[2], w[3])));
+            const float inverse = most > 1e-36f ? 255.0f / most : 0.0f;
+            for (int n = 0; n < N; n++) store_bytes((uint8_t*)packed[r] + n * LANES, w[n] * all(inverse));
+            share[r] = most * (1.0f / 255.0f);
         }
     }
     for (int r = 0; r < R; r++) words[r] = packed[r];
@@ -185,11 +173,11 @@ void attend_block(const CacheHead& cache, int64_t block, int64_t next, int64_t f
             typename K::Sums part[R][C];
             for (int r = 0; r < R; r++)
                 for (int n = 0; n < C; n++) part[r][n] = K::zero();
-            lines_times_words<FORMAT, false, R, C>(lines, width * 4, value_steps, ahead, words, part);
+            lines_times_words<FORMAT, false, R, C, FETCH * (C + 1) / 2>(lines, width * 4, value_steps, values, words, part);
             for (int r = 0; r < R; r++)
                 for (int n = 0; n < C; n++) {
                     float* to = query[r].to.values + (at + n) * LANES;
-                    store(to, fma(K::floats(part[r][n]), all(value_scale[r]), load(to)));
+                    store(to, fma(K::floats(part[r][n]), all(share[r]), load(to) * all(shrink[r])));
                 }
             at += C;
         };
@@ -205,9 +193,14 @@ void attend_blocks(const CacheHead& cache, const int32_t* table, int64_t begin, 
     for (int64_t page = begin; page < end; page++) {
         const int64_t key = page * BLOCK_TOKENS, block = table[page], next = page + 1 < end ? table[page + 1] : block;
         int64_t i = 0;
-        for (; i + QUERIES <= count; i += QUERIES)
-            attend_block<FORMAT, QUERIES>(cache, block, next, key, head_dim, queries + i);
-        for (; i < count; i++) attend_block<FORMAT, 1>(cache, block, next, key, head_dim, queries + i);
+        auto attend = [&](auto rows) {
+            constexpr int R = decltype(rows)::value;
+            if (i == 0) attend_block<FORMAT, R, true>(cache, block, next, key, head_dim, queries);
+            else attend_block<FORMAT, R, false>(cache, block, next, key, head_dim, queries + i);
+            i += R;
+        };
+        while (i + QUERIES <= count) attend(std::integral_constant<int, QUERIES>());
+        while (i < count) attend(std::integral_constant<int, 1>());
     }
 }
 

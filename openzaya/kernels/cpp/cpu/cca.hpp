@@ -30,18 +30,28 @@ inline const float* z_before(const Context& s, int64_t layer, int64_t token, int
 }
 
 // The grouped convolution's input for one head and token: each channel's last k1 values y, side by side like the weights.
-inline void fill_taps(const Context& s, const Layer& layer, int64_t index, int64_t token, int64_t head, float* y, float* row) {
+// `y` keeps the values of the tokens before, latest first; `follows`: it was filled for the token before this one.
+inline void fill_taps(const Context& s, const Layer& layer, int64_t index, int64_t token, int64_t head, bool follows,
+                      float* y, float* row) {
     const int64_t d = s.m.head_dim, c = s.channels(), k0 = s.m.kernel0, k1 = s.m.kernel1;
-    for (int64_t lag = 0; lag < k1; lag++) {
-        std::memset(y, 0, size_t(d) * 4);
+    if (follows) std::memmove(y + d, y, size_t((k1 - 1) * d) * 4);
+    for (int64_t lag = 0; lag < (follows ? 1 : k1); lag++) {
+        float* __restrict to = y + lag * d;
+        std::memset(to, 0, size_t(d) * 4);
         for (int64_t back = 0; back < k0; back++) {
             const float* z = z_before(s, index, token, lag + back);
             if (!z) continue;
             const float* tap = layer.depthwise + (k0 - 1 - back) * c + head * d;
-            for (int64_t i = 0; i < d; i++) y[i] += z[head * d + i] * tap[i];
+            for (int64_t i = 0; i < d; i++) to[i] += z[head * d + i] * tap[i];
         }
-        for (int64_t i = 0; i < d; i++) row[i * k1 + (k1 - 1 - lag)] = y[i];
     }
+    auto interleave = [&](auto lags) {
+        float* __restrict to = row;
+        for (int64_t i = 0; i < d; i++)
+            for (int64_t lag = 0; lag < lags; lag++) to[i * lags + (lags - 1 - lag)] = y[lag * d + i];
+    };
+    if (k1 == 2) interleave(std::integral_constant<int64_t, 2>());
+    else interleave(k1);
 }
 
 inline void put_query(const Context& s, int64_t token, int64_t head, const float* x) {
@@ -117,21 +127,24 @@ inline void mix(const Context& s, const Team& team, const Layer& layer, int64_t 
     const int64_t d = s.m.head_dim, heads = s.m.query_heads + s.m.key_heads, k1 = s.m.kernel1;
     const bool pairs = layer.grouped.format == BFLOAT16;
     const int64_t tiles = (s.w.tokens + MIXED_TOGETHER - 1) / MIXED_TOGETHER, inputs = d * k1, padded = round_up(inputs, GROUP);
+    const int64_t room = MIXED_TOGETHER * (padded + SKEW) + 64;
     team.each((heads + 1) * tiles, [&](int64_t piece) {
-        static thread_local std::vector<float> floats, mixed, row;
+        static thread_local std::vector<float> floats, mixed, row, y;
         static thread_local std::vector<bf16> shorts;
         const int64_t head = piece % (heads + 1), begin = piece / (heads + 1) * MIXED_TOGETHER;
         const int64_t count = std::min(MIXED_TOGETHER, s.w.tokens - begin);
-        row.resize(size_t(std::max(inputs, 2 * s.late_size()) + d));
+        row.resize(size_t(std::max(inputs, 2 * s.late_size())));
         if (head == heads) {
             for (int64_t i = 0; i < count; i++) write_values(s, index, begin + i, row.data());
             return;
         }
         mixed.resize(size_t(count * d));
-        (pairs ? shorts.resize(size_t(count * padded + 64)) : floats.resize(size_t(count * padded + 64)));
+        y.resize(size_t(inputs));
+        (pairs ? shorts.resize(size_t(room)) : floats.resize(size_t(room)));
         const Activations taps{inputs, padded, pairs ? nullptr : floats.data(), pairs ? shorts.data() : nullptr, nullptr, nullptr, nullptr};
         for (int64_t i = 0; i < count; i++) {
-            fill_taps(s, layer, index, begin + i, head, row.data() + inputs, row.data());
+            const bool follows = i > 0 && begin + i > s.sequence(begin + i).first;
+            fill_taps(s, layer, index, begin + i, head, follows, y.data(), row.data());
             taps.put(i, row.data());
         }
         Matrix own = layer.grouped;

@@ -74,8 +74,8 @@ struct Buffers {
         auto take_activations = [&](Activations& a, int64_t rows, int64_t columns, std::initializer_list<int64_t> formats) {
             a = {columns, round_up(columns, GROUP), nullptr, nullptr, nullptr, nullptr, nullptr};
             for (int64_t format : formats) {
-                if (format == FLOAT32 && !a.floats) take(a.floats, rows * a.padded);
-                if (format == BFLOAT16 && !a.shorts) take(a.shorts, rows * a.padded);
+                if (format == FLOAT32 && !a.floats) take(a.floats, rows * a.stride());
+                if (format == BFLOAT16 && !a.shorts) take(a.shorts, rows * a.stride());
                 if (format >= INT8 && !a.bytes) {
                     take(a.bytes, rows * a.padded);
                     take(a.scales, rows * a.groups());

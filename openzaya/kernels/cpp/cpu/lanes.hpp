@@ -63,6 +63,16 @@ inline __m256 larger_half(Floats x) {
     return _mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
 }
 
+// Lanes from `begin` on and before `end` (any numbers) as they are, the others `other`.
+inline Floats only(Floats x, int64_t begin, int64_t end, float other) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 inside = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(int(begin))) &
+                             _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(int(end)));
+    return {_mm512_mask_blend_ps(inside, _mm512_set1_ps(other), x.v)};
+}
+// Rounded to integers of 8 bits, which must be large enough.
+inline void store_bytes(void* p, Floats x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v))); }
+
 inline Ints all_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Floats to_floats(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
 inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -142,6 +152,21 @@ inline Floats power_of_two(Floats n) {
 inline __m256 halves(Floats x) { return _mm256_add_ps(x.a, x.b); }
 inline __m256 larger_half(Floats x) { return _mm256_max_ps(x.a, x.b); }
 
+inline Floats only(Floats x, int64_t begin, int64_t end, float other) {
+    auto half = [&](__m256 v, int shift) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(begin) - shift), lane);
+        const __m256i inside = _mm256_andnot_si256(before, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(end) - shift), lane));
+        return _mm256_blendv_ps(_mm256_set1_ps(other), v, _mm256_castsi256_ps(inside));
+    };
+    return {half(x.a, 0), half(x.b, 8)};
+}
+inline void store_bytes(void* p, Floats x) {
+    alignas(32) float numbers[16];
+    store(numbers, x);
+    for (int i = 0; i < 16; i++) ((uint8_t*)p)[i] = uint8_t(int32_t(__builtin_rintf(numbers[i])));
+}
+
 inline Ints all_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Ints operator+(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
@@ -206,11 +231,44 @@ inline Floats dot_pairs(Floats sum, Line x, Line y) {
 }
 #endif
 
+// Numbers of ordinary size or zero.
+inline void store_bf16(bf16* p, Floats x) {
+#if defined(OZ_AVX512) && defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x.v));
+#else
+    alignas(64) float numbers[16];
+    store(numbers, x);
+    for (int i = 0; i < 16; i++) p[i] = to_bf16_number(numbers[i]);
+#endif
+}
+
 inline float sum(Floats x) {
     __m256 eight = halves(x);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// The sums of R vectors, side by side; each is added in the order of `sum`.
+template <int R>
+inline void store_sums(float* to, const Floats (&x)[R]) {
+#ifdef OZ_AVX512
+    if constexpr (R == 4) {
+        constexpr int low = 0x44, high = 0xEE;
+        auto joined = [](__m512 a, __m512 b) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, low), _mm512_shuffle_f32x4(a, b, high));
+        };
+        // In quarters of a line: two sums take two each, four sums one each.
+        const __m512 first_two = joined(x[0].v, x[1].v), last_two = joined(x[2].v, x[3].v);
+        const __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(first_two, last_two, 0x88),
+                                          _mm512_shuffle_f32x4(first_two, last_two, 0xDD));
+        const __m512 pairs = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4E));
+        const __m512 ones = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xB1));
+        _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, ones)));
+        return;
+    }
+#endif
+    for (int r = 0; r < R; r++) to[r] = sum(x[r]);
 }
 
 inline float largest(Floats x) {

@@ -19,13 +19,13 @@ inline float sum_of_squares(const float* x, int64_t n) {
     return sum(total);
 }
 
-inline void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* to) {
+inline void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* __restrict to) {
     const float inverse = 1.0f / std::sqrt(sum_of_squares(x, n) / float(n) + epsilon);
     for (int64_t i = 0; i < n; i++) to[i] = x[i] * inverse * weight[i];
 }
 
 // x <- (y * gate + b_h) * a_h + (x + b_r) * a_r; y null: nothing comes from the block, as from the skip class.
-inline void merge(float* x, const float* y, float gate, const float* scale, const float* bias,
+inline void merge(float* __restrict x, const float* y, float gate, const float* scale, const float* bias,
                   const float* residual_scale, const float* residual_bias, int64_t n) {
     if (y)
         for (int64_t i = 0; i < n; i++)

@@ -5,15 +5,21 @@
 
 namespace oz {
 
-// Which expert each token visits, and how much its output counts. Behind the down-projection, which is most of the
-// router's weights, each thread goes on with its own tokens.
+constexpr int64_t TOKENS_ALONE = 48;  // from this many a thread on, its tokens keep it busy for long enough
+
+// Which expert each token visits, and how much its output counts. Each thread goes through its own tokens; where these
+// are few, the down-projection, which is most of the router's weights, is shared out by rows.
 inline void route(const Context& s, const Team& team, const Layer& layer, int64_t index, Range own) {
     const Model& m = s.m;
     const int64_t r = m.router_width, classes = m.experts + 1, count = own.end - own.begin;
-    team.wait();
-    multiply(team, {&layer.router_down, 0, s.b.normed, s.every_token(), {s.b.state, r}});
-    team.wait();
     float *states = s.b.state + own.begin * r, *hidden = s.b.hidden + own.begin * r;
+    if (s.w.tokens >= TOKENS_ALONE * team.size) {
+        Product{&layer.router_down, 0, s.b.normed.from(own.begin), {nullptr, nullptr, count}, {states, r}}.rows({0, r});
+    } else {
+        team.wait();
+        multiply(team, {&layer.router_down, 0, s.b.normed, s.every_token(), {s.b.state, r}});
+        team.wait();
+    }
     const Activations routed = s.b.routed.from(own.begin);
     auto next = [&](const Matrix& weights, float* to, int64_t width) {
         Product{&weights, 0, routed, {nullptr, nullptr, count}, {to, width}}.rows({0, weights.rows});

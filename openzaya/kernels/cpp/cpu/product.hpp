@@ -62,8 +62,7 @@ inline void float_tile(const uint8_t* const* x, const uint8_t* w, int64_t row_by
         for (int r = 0; r < R; r++) rows[r] = line_first(w + r * row_bytes + at, int(row_bytes - at));
         add(rows, at);
     }
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) y[t][r] = sum(sums[t][r]);
+    for (int t = 0; t < T; t++) store_sums(y[t], sums[t]);
 }
 
 template <bool PAIRS, int R, int T = TOKENS>
@@ -89,6 +88,7 @@ void float_product(const Matrix& w, int64_t expert, const uint8_t* x, int64_t x_
                 for (int t = 0; t < count; t++) {
                     from[t] = x + tokens.input(token + t) * x_stride;
                     to[t] = out.data + tokens.output(token + t) * out.stride + row;
+                    __builtin_prefetch(to[t], 1);
                 }
                 if (whole) float_tiles<PAIRS, ROWS>(count, from, weights + row * row_bytes, row_bytes, to);
                 else float_tiles<PAIRS, 1>(count, from, weights + row * row_bytes, row_bytes, to);
@@ -106,11 +106,17 @@ struct Bytes {
     const int32_t* sums;
 };
 
+// Lines that will be needed next; a tile asks for `lines` of them with each group, into the second level of the cache.
+struct Next {
+    const uint8_t* at = nullptr;
+    int64_t lines = 0;
+};
+
 // B blocks of 16 rows by T tokens. Weights are unsigned: with w = u - bias, sum w a = sum u a - bias * sum a, and the
 // sums of a group's activations are known. BITS is how the lines hold them, SCALED whether each group has a scale.
 template <int BITS, bool SCALED, int T, int B>
 inline void packed_tile(const Bytes* x, const uint8_t* w, int64_t block_bytes, const uint8_t* scales,
-                        int64_t block_scale_bytes, int32_t bias, int64_t groups, Floats (*y)[B]) {
+                        int64_t block_scale_bytes, int32_t bias, int64_t groups, Next next, Floats (*y)[B]) {
     constexpr int64_t LINES = BITS == 8 ? 16 : 8;
     // Few tokens: several sums of the same rows, for an instruction must not wait for the one before it.
     constexpr int PARTS = T * B == 1 ? 4 : T * B == 2 ? 2 : 1;
@@ -123,6 +129,7 @@ inline void packed_tile(const Bytes* x, const uint8_t* w, int64_t block_bytes, c
             for (int b = 0; b < B; b++)
                 for (int p = 0; p < PARTS; p++) sums[t][b][p] = all_ints(p ? 0 : -bias * x[t].sums[g]);
         const uint8_t* at = w + g * LINES * 64;
+        for (int64_t i = 0; i < next.lines; i++) __builtin_prefetch(next.at + (g * next.lines + i) * 64, 0, 2);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < LINES; i++) {
             for (int b = 0; b < B; b++) {
@@ -165,14 +172,15 @@ inline void packed_tile(const Bytes* x, const uint8_t* w, int64_t block_bytes, c
 
 template <int BITS, bool SCALED, int B, int T = TOKENS>
 inline void packed_tiles(int tokens, const Bytes* x, const uint8_t* w, int64_t block_bytes, const uint8_t* scales,
-                         int64_t block_scale_bytes, int32_t bias, int64_t groups, float* const* y, const int* widths) {
+                         int64_t block_scale_bytes, int32_t bias, int64_t groups, Next next, float* const* y,
+                         const int* widths) {
     if constexpr (T > 1) {
         if (tokens < T)
             return packed_tiles<BITS, SCALED, B, T - 1>(tokens, x, w, block_bytes, scales, block_scale_bytes, bias,
-                                                        groups, y, widths);
+                                                        groups, next, y, widths);
     }
     Floats result[T][B];
-    packed_tile<BITS, SCALED, T, B>(x, w, block_bytes, scales, block_scale_bytes, bias, groups, result);
+    packed_tile<BITS, SCALED, T, B>(x, w, block_bytes, scales, block_scale_bytes, bias, groups, next, result);
     for (int t = 0; t < T; t++)
         for (int b = 0; b < B; b++) {
             if (widths[b] == LANES) store(y[t] + b * LANES, result[t][b]);
@@ -182,13 +190,14 @@ inline void packed_tiles(int tokens, const Bytes* x, const uint8_t* w, int64_t b
 
 template <int BITS, bool SCALED>
 void packed_panel(const uint8_t* w, int64_t block_bytes, const uint8_t* scales, int64_t block_scale_bytes, int32_t bias,
-                  const Activations& x, Rows tokens, Range range, int64_t row, int64_t num_rows, Output out) {
+                  const Activations& x, Rows tokens, Range range, int64_t row, int64_t num_rows, Next all_next,
+                  Output out) {
     // A single token reads one block behind the other, as they lie in memory.
     if (tokens.count == 1 && num_rows > LANES) {
         for (int64_t first = 0; first < num_rows; first += LANES)
             packed_panel<BITS, SCALED>(w + first / LANES * block_bytes, block_bytes,
                                        scales + first / LANES * block_scale_bytes, block_scale_bytes, bias, x, tokens,
-                                       range, row + first, std::min(LANES, num_rows - first), out);
+                                       range, row + first, std::min(LANES, num_rows - first), {}, out);
         return;
     }
     const bool two = BLOCKS == 2 && num_rows > LANES;
@@ -197,21 +206,28 @@ void packed_panel(const uint8_t* w, int64_t block_bytes, const uint8_t* scales, 
         int64_t left = num_rows - b * LANES;
         widths[b] = int(left < LANES ? left : LANES);
     }
-    for (int64_t token = range.begin; token < range.end; token += TOKENS) {
-        int count = int(range.end - token < TOKENS ? range.end - token : TOKENS);
+    // Tiles of nearly one size: small ones wait for their weights more than they multiply.
+    const int64_t tiles = (range.end - range.begin + TOKENS - 1) / TOKENS;
+    const int64_t steps = tiles * x.groups();
+    Next next{all_next.at, (all_next.lines + steps - 1) / steps};
+    for (int64_t tile = 0, token = range.begin; tile < tiles; tile++, next.at += next.lines * x.groups() * 64) {
+        const int count = int((range.end - token + tiles - tile - 1) / (tiles - tile));
         Bytes from[TOKENS];
         float* to[TOKENS];
         for (int t = 0; t < count; t++) {
             int64_t i = tokens.input(token + t);
             from[t] = {x.bytes + i * x.padded, x.scales + i * x.groups(), x.sums + i * x.groups()};
             to[t] = out.data + tokens.output(token + t) * out.stride + row;
+            // What is written comes into the cache while the tile is multiplied, not when its end waits for it.
+            for (int b = 0; b < 1 + two; b++) __builtin_prefetch(to[t] + b * LANES, 1);
         }
         if (two)
             packed_tiles<BITS, SCALED, BLOCKS>(count, from, w, block_bytes, scales, block_scale_bytes, bias, x.groups(),
-                                               to, widths);
+                                               next, to, widths);
         else
-            packed_tiles<BITS, SCALED, 1>(count, from, w, block_bytes, scales, block_scale_bytes, bias, x.groups(), to,
-                                          widths);
+            packed_tiles<BITS, SCALED, 1>(count, from, w, block_bytes, scales, block_scale_bytes, bias, x.groups(), next,
+                                          to, widths);
+        token += count;
     }
 }
 
@@ -315,9 +331,12 @@ inline void packed_product(const Matrix& w, int64_t expert, const Activations& x
             const uint8_t* at = w.data + expert * w.stride + row / LANES * block_bytes;
             const uint8_t* scales = w.scales + expert * w.scale_stride + row / LANES * scale_bytes;
             if (four_bits && !unpack) {
-                packed_panel<4, true>(at, block_bytes, scales, scale_bytes, 8, x, tokens, range, row, num_rows, out);
+                packed_panel<4, true>(at, block_bytes, scales, scale_bytes, 8, x, tokens, range, row, num_rows, {}, out);
                 continue;
             }
+            // One and two tokens have a prefetch of their own.
+            const bool more = tokens.count > 2 && row + BLOCKS * LANES < rows.end;
+            const Next next{at + BLOCKS * block_bytes, more ? BLOCKS * block_bytes / 64 : 0};
             int64_t wide_block_bytes = block_bytes;
             if (four_bits) {
                 const int64_t lines = round_up(num_rows, LANES) / LANES * groups * 8;
@@ -337,7 +356,7 @@ inline void packed_product(const Matrix& w, int64_t expert, const Activations& x
                                                row, num_rows, out);
 #endif
                 packed_panel<8, SCALED>(at, wide_block_bytes, scales, scale_bytes, bias, x, tokens, range, row, num_rows,
-                                        out);
+                                        next, out);
             };
             if (four_bits) panel(std::true_type(), 8);
             else panel(std::false_type(), 128);
@@ -356,22 +375,30 @@ struct Product {
 
     void rows(Range range) const {
         if (weights->format == FLOAT32)
-            float_product<false>(*weights, expert, (const uint8_t*)x.floats, x.padded * 4, tokens, range, y);
+            float_product<false>(*weights, expert, (const uint8_t*)x.floats, x.stride() * 4, tokens, range, y);
         else if (weights->format == BFLOAT16)
-            float_product<true>(*weights, expert, (const uint8_t*)x.shorts, x.padded * 2, tokens, range, y);
+            float_product<true>(*weights, expert, (const uint8_t*)x.shorts, x.stride() * 2, tokens, range, y);
         else
             packed_product(*weights, expert, x, tokens, range, y);
     }
 };
 
 constexpr int64_t MAX_PRODUCTS = 256;
+constexpr int64_t MANY_TOKENS = 16;
 
-// y = x W^T, one or several; their rows are handed out in pieces that are long enough to be read at full speed.
+// y = x W^T, one or several; their rows are handed out in pieces that are long enough to be read at full speed. With
+// many tokens a piece takes long, and those of all products are of one length.
 inline void multiply(const Team& team, const Product* products, int64_t count) {
-    int64_t ends[MAX_PRODUCTS], lengths[MAX_PRODUCTS], units = 0;
+    int64_t ends[MAX_PRODUCTS], lengths[MAX_PRODUCTS], units = 0, wanted = 0, tokens = 0, all_rows = 0;
     for (int64_t i = 0; i < count; i++) {
-        const int64_t rows = products[i].weights->rows, pieces = 8 * team.size;
-        const int64_t share = round_up((rows + pieces - 1) / pieces, 2 * LANES);
+        if (!products[i].tokens.count) continue;
+        wanted++, tokens += products[i].tokens.count, all_rows += products[i].weights->rows;
+    }
+    const bool many = tokens >= MANY_TOKENS * wanted;
+    const int64_t pieces = many ? team.size * std::max<int64_t>(8, 2 * wanted) : 8 * team.size;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t rows = products[i].weights->rows;
+        const int64_t share = round_up(((many ? all_rows : rows) + pieces - 1) / pieces, 2 * LANES);
         lengths[i] = share;
         if (products[i].tokens.count) units += (rows + share - 1) / share;
         ends[i] = units;

@@ -25,8 +25,10 @@ inline void embed(const Context& s, int64_t token) {
 
 inline void norm(const Context& s, const float* weight, int64_t token) {
     const int64_t d = s.m.hidden;
-    rms_norm(s.b.x + token * d, weight, d, float(s.m.epsilon), s.b.y + token * d);
-    s.b.normed.put(token, s.b.y + token * d);
+    static thread_local std::vector<float> row;
+    row.resize(size_t(d));
+    rms_norm(s.b.x + token * d, weight, d, float(s.m.epsilon), row.data());
+    s.b.normed.put(token, row.data());
 }
 
 inline void run_attention(const Context& s, const Team& team, const Layer& layer, int64_t index, Range own) {
@@ -51,7 +53,8 @@ inline void run(const Context& s, const Team& team) {
     for (int64_t t = own.begin; t < own.end; t++) embed(s, t);
     for (int64_t index = 0; index < m.layers; index++) {
         const Layer& l = m.layer[index];
-        for (int64_t t = own.begin; t < own.end; t++) norm(s, l.input_norm, t);
+        if (index == 0)
+            for (int64_t t = own.begin; t < own.end; t++) norm(s, l.input_norm, t);
         run_attention(s, team, l, index, own);
         for (int64_t t = own.begin; t < own.end; t++) {
             merge(s.b.x + t * d, s.b.y + t * d, 1.0f, l.attention_scale, l.attention_bias, l.attention_residual_scale,
@@ -60,9 +63,11 @@ inline void run(const Context& s, const Team& team) {
         }
         route(s, team, l, index, own);
         run_experts(s, team, l);
-        for (int64_t t = own.begin; t < own.end; t++)
+        for (int64_t t = own.begin; t < own.end; t++) {
             merge(s.b.x + t * d, s.b.choice[t] == m.experts ? nullptr : s.b.y + t * d, s.b.gates[t], l.mlp_scale,
                   l.mlp_bias, l.mlp_residual_scale, l.mlp_residual_bias, d);
+            if (index + 1 < m.layers) norm(s, m.layer[index + 1].input_norm, t);
+        }
     }
     if (s.w.logits_rows == 0) return;
     team.wait();
