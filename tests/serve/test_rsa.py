@@ -8,6 +8,8 @@ import time
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from openzaya.infer.engine import Engine
 from openzaya.model.transformer import Zaya
@@ -106,6 +108,8 @@ def test_choices_are_the_final_round():
         ({"rsa": "best"}, "'best' is unknown"),
         ({"rsa": {"width": 3}}, "no setting 'width'"),
         ({"rsa": {"n": 0}}, "n: Input should be greater"),
+        ({"rsa": {"t": None}}, "t: Input should be"),
+        ({"rsa": {"widths": 3}}, "widths"),
         ({"rsa": {"preset": 3}}, "preset"),
         ({"rsa": {"events": "yes"}}, "events"),
         ({"rsa": {"rsa_n": 3, "n": 4}}, "both give n"),
@@ -124,6 +128,23 @@ def test_what_cannot_be_used_is_named(body, text):
 
 def test_defaults_that_clients_send_anyway_are_fine():
     assert wish(rsa=True, frequency_penalty=0, presence_penalty=0.0, stop=None, logit_bias={}, repetition_penalty=1)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | st.just("light"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = st.sampled_from([*RSAConfig.model_fields, "preset", "events", "use_pacore", "rsa_k", "short_resp_len"])
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(st.text(max_size=8) | st.dictionaries(NAMES, VALUES, max_size=4), st.booleans())
+def test_any_settings_are_used_or_refused(rsa, for_effort):
+    try:
+        wish(ServerSettings(effort_rsa=for_effort), rsa=rsa, reasoning_effort="low")
+    except ApiError as error:
+        assert error.status_code == 400 and error.message
 
 
 # --- limits -----------------------------------------------------------------------------------------
