@@ -69,15 +69,24 @@ class ServerCounter:
         return sum([await self.count_text(text) for text in texts]) + TOKENS_A_TURN * len(texts)
 
     async def prompt(self, messages: Messages, tools: Messages) -> list[int] | None:
-        more = {"tools": list(tools)} if tools else {}
-        try:
-            if self._form == "llama":
-                body = await self._post("/apply-template", {"messages": list(messages), **more})
-                text = body.get("prompt")
-                return (await self._tokenize(text, parse_special=True))[0] if isinstance(text, str) else None
-            return _ids(await self._post("/tokenize", self._conversation(messages) | more))
-        except (Refused, Unavailable, BrokenReply):
-            return None
+        """None where the endpoint refuses; tried again where it does not answer, for the rollout depends on it."""
+        for attempt in range(self._connection.num_attempts):
+            try:
+                return await self._prompt(messages, {"tools": list(tools)} if tools else {})
+            except Refused:
+                return None
+            except (Unavailable, BrokenReply) as error:
+                if attempt == self._connection.num_attempts - 1:
+                    raise _failed(self._connection, error) from None
+                await self._connection.pause(attempt)
+        raise AssertionError("not reached")
+
+    async def _prompt(self, messages: Messages, more: dict[str, Any]) -> list[int] | None:
+        if self._form == "llama":
+            body = await self._post("/apply-template", {"messages": list(messages), **more})
+            text = body.get("prompt")
+            return (await self._tokenize(text, parse_special=True))[0] if isinstance(text, str) else None
+        return _ids(await self._post("/tokenize", self._conversation(messages) | more))
 
     async def continuation(self, text: str, tags: tuple[str, str]) -> list[int] | None:
         tokens: list[int] = []
