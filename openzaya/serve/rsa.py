@@ -26,7 +26,7 @@ from openzaya.serve.settings import EFFORT_WIDTHS, ServerSettings
 from openzaya.ttc.completer import Completer
 from openzaya.ttc.config import PRESETS, RSAConfig, from_proxy_names, make_config
 from openzaya.ttc.cost import estimate
-from openzaya.ttc.fitting import fit_context
+from openzaya.ttc.fitting import SHORT_PROMPT_CONTEXT, fit_context
 from openzaya.ttc.rounds import Question
 
 _SUFFIX = re.compile(r"(.+):rsa(?:-(.+))?", re.DOTALL)
@@ -170,8 +170,6 @@ async def fitted(
     contexts = [one for one in (capabilities.context, settings.context) if one is not None]
     if contexts:
         if capabilities.kind == "engine" and "prompt_style" not in wish.chosen and config.t:
-            from openzaya.ttc.command import SHORT_PROMPT_CONTEXT
-
             style = "short" if min(contexts) <= SHORT_PROMPT_CONTEXT else config.prompt_style
             config = config.model_copy(update={"prompt_style": style})
         num_prompt = await completer.count(question.messages, question.tools)
