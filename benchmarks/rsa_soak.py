@@ -89,7 +89,11 @@ class Side:
     left_seeds: list[int] = field(default_factory=list)
     allows_upstream_errors: bool = False
 
-    def fault(self, what: str) -> None:
+    def fault(self, what: str, *, relayed: bool = False) -> None:
+        """Record what should not be; ``relayed``: to a plain request, which gets broken answers as they are."""
+        if relayed and self.allows_upstream_errors:
+            self.counts["broken by the endpoint"] += 1
+            return
         self.counts["faults"] += 1
         if len(self.faults) < 20:
             self.faults.append(what)
@@ -212,7 +216,7 @@ async def whole(side: Side, client: httpx.AsyncClient, kind: str, body: dict[str
     answer = response.json()
     if response.status_code == 200:
         if not answer["choices"] or (body.get("rsa") and "rounds" not in answer["rsa"]):
-            side.fault(f"{kind}: {str(answer)[:200]}")
+            side.fault(f"{kind}: {str(answer)[:200]}", relayed="rsa" not in body)
         return
     # The scripted endpoint fails plain requests with 500, and that is passed on.
     is_expected = response.status_code in EXPECTED or (side.allows_upstream_errors and kind.startswith("plain"))
@@ -240,9 +244,8 @@ async def streamed(side: Side, client: httpx.AsyncClient, kind: str, body: dict[
         side.fault(f"{kind}: a stream ended with {last[:80]!r}")
 
 
-async def left(side: Side, client: httpx.AsyncClient, draw: random.Random) -> None:
+async def left(side: Side, client: httpx.AsyncClient, draw: random.Random, *, is_rsa: bool) -> None:
     """A client that goes away, before its answer begins or in the middle of it."""
-    is_rsa = draw.random() < 0.7
     stream = draw.random() < 0.6
     seed = draw.randrange(2**31)
     body = rsa_body(draw, seed=seed, stream=stream) if is_rsa else plain_body(draw, stream=stream)
@@ -262,11 +265,21 @@ async def broken(side: Side, client: httpx.AsyncClient, draw: random.Random) -> 
         side.fault(f"broken ({name}): {response.status_code} {response.text[:200]}")
 
 
-async def one_request(side: Side, client: httpx.AsyncClient, draw: random.Random) -> None:
-    kind = draw.choices(
-        ("rsa", "rsa stream", "plain", "plain stream", "left", "again", "broken", "other"),
-        (20, 22, 14, 14, 14, 6, 7, 3),
-    )[0]
+KINDS = {
+    "rsa": 20,
+    "rsa stream": 22,
+    "plain": 14,
+    "plain stream": 14,
+    "left rsa": 10,
+    "left plain": 4,
+    "again": 6,
+    "broken": 7,
+    "other": 3,
+}
+"""What clients ask, and how often."""
+
+
+async def one_request(side: Side, client: httpx.AsyncClient, draw: random.Random, kind: str) -> None:
     if kind == "rsa":
         await whole(side, client, kind, rsa_body(draw))
     elif kind == "rsa stream":
@@ -275,8 +288,8 @@ async def one_request(side: Side, client: httpx.AsyncClient, draw: random.Random
         await whole(side, client, kind, plain_body(draw, stream=False))
     elif kind == "plain stream":
         await streamed(side, client, kind, plain_body(draw, stream=True))
-    elif kind == "left":
-        await left(side, client, draw)
+    elif kind.startswith("left"):
+        await left(side, client, draw, is_rsa=kind == "left rsa")
     elif kind == "again":
         seed = draw.choice(side.left_seeds) if side.left_seeds else 0
         response = await client.post(CHAT, json=rsa_body(draw, seed=seed))
@@ -300,10 +313,12 @@ async def one_client(side: Side, number: int, seed: int, end_s: float) -> None:
             for _ in range(20):
                 if time.monotonic() >= end_s:
                     return
+                kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
                 try:
-                    await one_request(side, client, draw)
+                    await one_request(side, client, draw, kind)
                 except (httpx.HTTPError, ValueError, KeyError) as error:
-                    side.fault(f"{type(error).__name__}: {error}")
+                    is_relayed = kind.startswith("plain") or kind == "left plain"
+                    side.fault(f"{kind}: {type(error).__name__}: {error}", relayed=is_relayed)
                 await asyncio.sleep(draw.random() * PAUSE_S)
 
 

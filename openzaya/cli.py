@@ -30,6 +30,7 @@ from openzaya.commands.options import (
     TopP,
     quantising,
 )
+from openzaya.commands.rl import calibrate, rl
 from openzaya.commands.rsa import Interrupted, rsa
 from openzaya.commands.serve import serve
 from openzaya.errors import ConfigError, DataError, OpenZayaError
@@ -103,6 +104,10 @@ def train(
     directory = out or Path("runs") / recipe.stem
     run_stage(recipe, directory, overrides or [], kind="train")
     print(f"model: {directory / 'model'}\nreport: {write_report(directory).html}")
+
+
+app.command(epilog="Example: openzaya rl recipes/nano/05-warmup.toml --out runs/nano/05-warmup steps=20")(rl)
+app.command(epilog="Example: openzaya calibrate recipes/nano/06-curriculum.toml --out runs/nano/calibration")(calibrate)
 
 
 @app.command(epilog="Example: openzaya config recipes/nano/02-pretrain.toml optimizer.weight_decay=0")

@@ -40,3 +40,11 @@ class RSAError(OpenZayaError):
 
 class CompletionFailed(RSAError):
     """One rollout failed for good: refused by the endpoint, or not to be had after all retries."""
+
+
+class SandboxError(OpenZayaError):
+    """Limits or tests that the sandbox cannot run as asked."""
+
+
+class SandboxUnavailable(SandboxError):
+    """This machine offers no isolation that holds: programs are not run at all rather than run unprotected."""

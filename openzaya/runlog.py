@@ -38,6 +38,12 @@ Metric = float | Sequence[float] | Sequence[Sequence[float]]
 
 RUN_FORMAT = 1
 PLAIN_LINE_INTERVAL_S = 10.0
+LIVE_NUMBERS = {
+    "loss/ce_nats": "loss {:.3f} nats",
+    "route/load_entropy_min": "load entropy {:.3f}",
+    "time/tokens_per_s": "{:,.0f} tokens/s",
+}
+"""What the display shows of a step's metrics, and how."""
 
 
 class RunLog:
@@ -57,6 +63,7 @@ class RunLog:
         phase: str = "train",
         resolved_toml: str | None = None,
         tensorboard: bool = True,
+        live_numbers: Mapping[str, str] = LIVE_NUMBERS,
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -77,7 +84,9 @@ class RunLog:
         _truncate_metrics(metrics_path, resume_step)
         self._metrics = metrics_path.open("a", encoding="utf-8")
         self._events = _EventFile(self.directory / "tensorboard", resume_step) if tensorboard else None
-        self._display = ProgressDisplay(phase, total_steps, resume_step, stream=stream or sys.stderr, clock=clock)
+        self._display = ProgressDisplay(
+            phase, total_steps, resume_step, live_numbers=live_numbers, stream=stream or sys.stderr, clock=clock
+        )
         self._write_status("running")
 
     def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
@@ -333,8 +342,16 @@ class ProgressDisplay:
     """A live line on a terminal, else a plain line about every ten seconds; both show rate and ETA."""
 
     def __init__(
-        self, phase: str, total_steps: int, first_step: int, *, stream: IO[str], clock: Callable[[], float]
+        self,
+        phase: str,
+        total_steps: int,
+        first_step: int,
+        *,
+        live_numbers: Mapping[str, str] = LIVE_NUMBERS,
+        stream: IO[str],
+        clock: Callable[[], float],
     ) -> None:
+        self._live_numbers = live_numbers
         self._phase, self._total_steps, self._step, self._stream = phase, total_steps, first_step, stream
         self._clock = clock
         self._last_line_s = self._last_step_s = clock()
@@ -383,11 +400,7 @@ class ProgressDisplay:
 
     def _numbers(self, metrics: Mapping[str, Metric]) -> str:
         shown = []
-        for key, template in (
-            ("loss/ce_nats", "loss {:.3f} nats"),
-            ("route/load_entropy_min", "load entropy {:.3f}"),
-            ("time/tokens_per_s", "{:,.0f} tokens/s"),
-        ):
+        for key, template in self._live_numbers.items():
             value = metrics.get(key)
             if isinstance(value, int | float):
                 shown.append(template.format(value))

@@ -137,12 +137,19 @@ def stage_schema(recipe_file: Path) -> type[BaseModel]:
 
 def _kinds() -> dict[str, tuple[type[BaseModel], Callable[[Any, Path], None]]]:
     from openzaya.eval.benchmarks import EvalConfig
-    from openzaya.train.recipe import TrainConfig
+    from openzaya.eval.calibration import CalibrateConfig
+    from openzaya.eval.cascade import CascadeConfig
+    from openzaya.rl.recipe import RLConfig
+    from openzaya.train.recipe import RewardModelConfig, TrainConfig
 
     return {
         "tokenizer": (TokenizerConfig, _run_tokenizer),
         "train": (TrainConfig, _run_train),
+        "reward_model": (RewardModelConfig, _run_reward_model),
+        "rl": (RLConfig, _run_rl),
         "eval": (EvalConfig, _run_eval),
+        "cascade": (CascadeConfig, _run_cascade),
+        "calibrate": (CalibrateConfig, _run_calibrate),
     }
 
 
@@ -201,6 +208,18 @@ def _run_train(recipe: Resolved[Any], directory: Path) -> None:
     train(recipe, directory)
 
 
+def _run_reward_model(recipe: Resolved[Any], directory: Path) -> None:
+    from openzaya.rl.reward_training import train_reward_model
+
+    train_reward_model(recipe, directory)
+
+
+def _run_rl(recipe: Resolved[Any], directory: Path) -> None:
+    from openzaya.rl.loop import train_rl
+
+    train_rl(recipe, directory)
+
+
 def _run_eval(recipe: Resolved[Any], directory: Path) -> None:
     from openzaya.data.tokenizer import load_tokenizer
     from openzaya.eval.benchmarks import evaluate
@@ -219,6 +238,30 @@ def _run_eval(recipe: Resolved[Any], directory: Path) -> None:
         result, samples = evaluate(hf.load(path), load_tokenizer(path), config, progress=print_progress)
         write_evaluation(directory, result, samples)
         log.set_final(seconds=result["seconds"], generated_tokens=result["generated_tokens"])
+
+
+def _run_cascade(recipe: Resolved[Any], directory: Path) -> None:
+    from openzaya.eval.cascade import evaluate_cascade, print_progress, write_cascade
+    from openzaya.model.hub import resolve
+    from openzaya.train.loop import stage_path
+
+    config = recipe.value
+    paths = {}
+    for name in [*config.models, *config.baselines]:
+        path = resolve(stage_path(name, directory.parent, "model"))
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{name}: {path} holds no checkpoint; let that stage finish first, or leave it out")
+        paths[name] = str(path)
+    with RunLog(directory, total_steps=1, phase="cascade", resolved_toml=recipe.to_toml(), tensorboard=False) as log:
+        result, samples, problems = evaluate_cascade(config, paths, progress=print_progress)
+        write_cascade(directory, result, samples, problems)
+        log.set_final(seconds=result["seconds"], generated_tokens=result["generated_tokens"])
+
+
+def _run_calibrate(recipe: Resolved[Any], directory: Path) -> None:
+    from openzaya.eval.calibration import run_calibration
+
+    run_calibration(recipe, directory)
 
 
 def write_evaluation(directory: Path, result: dict[str, Any], samples: list[dict[str, Any]]) -> None:

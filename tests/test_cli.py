@@ -21,6 +21,8 @@ from tests.train import miniature
 VERBS = (
     "run",
     "train",
+    "rl",
+    "calibrate",
     "config",
     "init",
     "convert",

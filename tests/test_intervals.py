@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from openzaya.intervals import mean_with_interval
+from openzaya.intervals import mean_with_interval, paired_difference
 
 
 def test_the_mean_lies_in_its_interval() -> None:
@@ -59,3 +59,21 @@ def test_it_is_the_normal_interval_for_many_problems() -> None:
     mean, low, high = mean_with_interval(values)
     half = 1.96 * values.std() / math.sqrt(values.size)
     assert low == pytest.approx(mean - half, rel=0.01) and high == pytest.approx(mean + half, rel=0.01)
+
+
+def test_a_paired_difference_forgets_how_hard_the_problems_are() -> None:
+    generator = np.random.default_rng(0)
+    before = list(generator.random(80) * 0.9)
+    after = [value + 0.05 + 0.01 * generator.random() for value in before]
+    mean, low, high = paired_difference(before, after) or []
+    assert 0.05 < low < mean < high < 0.06
+    first, second = mean_with_interval(before), mean_with_interval(after)
+    assert first[2] > second[1], "unpaired intervals overlap"
+
+
+def test_a_paired_difference_uses_the_problems_that_have_both_numbers() -> None:
+    assert paired_difference([0.0, None, 1.0, 0.5], [1.0, 1.0, None, 0.5]) == mean_with_interval([1.0, 0.0])
+    assert paired_difference([None, 1.0], [1.0, None]) is None
+    assert paired_difference([], []) is None
+    with pytest.raises(ValueError, match="shorter"):
+        paired_difference([1.0], [1.0, 0.0])

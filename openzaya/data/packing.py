@@ -120,10 +120,14 @@ def pack(
             f"(the longest has {longest}); trim them to the context length first, or raise it"
         )
     lengths = [len(example.tokens) for example in fitting]
-    return [_fill([fitting[i] for i in group], window_length, pad_token_id) for group in assign(lengths, window_length)]
+    return [
+        fill_window([fitting[i] for i in group], window_length, pad_token_id)
+        for group in assign(lengths, window_length)
+    ]
 
 
-def _fill(examples: Sequence[Example], window_length: int, pad_token_id: int) -> Window:
+def fill_window(examples: Sequence[Example], window_length: int, pad_token_id: int = 0) -> Window:
+    """A window with ``examples``, which must fit, one after the other."""
     tokens = np.full(window_length, pad_token_id, dtype=np.int64)
     loss_mask = np.zeros(window_length, dtype=np.bool_)
     document_ids = np.full(window_length, -1, dtype=np.int64)

@@ -41,8 +41,8 @@ ITEMS_PER_BLOCK = 256
 Conversation = list[dict[str, Any]]
 
 
-class _GeneratedSource(ABC):
-    """Random access by index, generated in blocks; shared by the two sources below."""
+class GeneratedSource(ABC):
+    """Random access by index, generated in blocks; what sources of generated problems share."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class _GeneratedSource(ABC):
         return {"items": self._index, "too_long": self._too_long}
 
 
-class ProblemSource(_GeneratedSource):
+class ProblemSource(GeneratedSource):
     """Problems with worked solutions.
 
     ``difficulties`` is (lowest, highest), both included. ``wrong_share`` and ``difficulty_weights`` are
@@ -191,11 +191,11 @@ class ProblemSource(_GeneratedSource):
         for index in indices:
             problem, wrong_share, rng = self._problem(index)
             solution = demonstration(problem, rng, wrong_share, habit_share=self._habit_share)
-            conversations.append(_conversation(problem.prompt, solution))
+            conversations.append(conversation(problem.prompt, solution))
         return conversations
 
 
-class AggregationSource(_GeneratedSource):
+class AggregationSource(GeneratedSource):
     """Aggregation examples: a problem, tails of some candidate solutions, and a perfect solution as target.
 
     A pool of ``pool_size`` solutions a problem is written by annotators of mixed quality
@@ -285,7 +285,7 @@ class AggregationSource(_GeneratedSource):
         for problem, target, num in items:
             chosen = [next(candidate_tails) for _ in range(num)]
             prompt = aggregation_prompt(problem.prompt, chosen, self._task, style=self._prompt_style)
-            conversations.append(_conversation(prompt, target))
+            conversations.append(conversation(prompt, target))
         return conversations
 
     def _another_problem(self, rng: random.Random) -> Problem:
@@ -302,7 +302,8 @@ class AggregationSource(_GeneratedSource):
         return texts
 
 
-def _conversation(prompt: str, solution: Solution) -> Conversation:
+def conversation(prompt: str, solution: Solution) -> Conversation:
+    """A question and its worked solution as chat messages."""
     return [
         {"role": "user", "content": prompt},
         {"role": "assistant", "reasoning_content": solution.trace, "content": solution.answer},

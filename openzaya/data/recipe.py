@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from openzaya.data.instruction_source import InstructionSource
 from openzaya.data.mixture import Mixture, Source
 from openzaya.data.problem_sources import AggregationSource, ProblemSource
 from openzaya.data.sources import PYTHON_STDLIB, ConversationSource, TextSource
@@ -80,8 +81,22 @@ class AggregationConfig(_GeneratedConfig):
     prompt_style: Literal["short", "full"] = "short"
 
 
+class InstructionsConfig(_GeneratedConfig):
+    """Generated problems whose answer is to take given forms; some solutions leave forms out."""
+
+    kind: Literal["instructions"]
+    difficulties: tuple[int, int] = (0, 2)
+    num_forms: int | tuple[int, int] = (1, 3)
+    """One number, or the lowest and the highest, both included."""
+    forms: list[str] = []
+    """Names of forms; all where it is empty."""
+    ignore_share: float = Field(0.5, ge=0, le=1)
+    """Share of the solutions that leave out some or all of the forms."""
+
+
 SourceConfig = Annotated[
-    TextConfig | ConversationConfig | ProblemsConfig | AggregationConfig, Field(discriminator="kind")
+    TextConfig | ConversationConfig | ProblemsConfig | AggregationConfig | InstructionsConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -123,6 +138,22 @@ def _build_source(config: SourceConfig, tokenizer: PreTrainedTokenizerFast, cont
             config.families,
             config.difficulties,
             seed=config.seed,
+            wrong_share=config.wrong_share,
+            habit_share=config.habit_share,
+            difficulty_weights=config.difficulty_weights,
+            style=config.style,
+            context_length=context_length,
+            name=name,
+        )
+    if isinstance(config, InstructionsConfig):
+        return InstructionSource(
+            tokenizer,
+            config.families,
+            config.difficulties,
+            seed=config.seed,
+            num_forms=config.num_forms,
+            forms=config.forms,
+            ignore_share=config.ignore_share,
             wrong_share=config.wrong_share,
             habit_share=config.habit_share,
             difficulty_weights=config.difficulty_weights,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +77,44 @@ class Answered:
         return [verdict.reward for verdict in self.verdicts if verdict.reward is not None]
 
 
+@dataclass(frozen=True)
+class Score:
+    """What the answers to one problem are worth; None where no verdict stands behind a number."""
+
+    greedy: float | None
+    average: float | None
+    """Mean reward of the samples."""
+    majority: float | None
+    passed: float | None
+    truncated: float
+    """Share of the samples."""
+    right_tokens: float | None
+    """Mean length of the samples that are right; None without one."""
+    num_no_verdict: int
+    num_tokens: int
+    """Generated for the problem."""
+
+
+def score(item: Answered) -> Score:
+    """The numbers of one problem, of which all tables are means."""
+    right = [
+        len(completion.tokens)
+        for completion, verdict in zip(item.samples, item.verdicts, strict=True)
+        if verdict.reward == 1
+    ]
+    rewards = item.rewards
+    return Score(
+        greedy=item.greedy_verdict.reward,
+        average=float(np.mean(rewards)) if rewards else None,
+        majority=_majority_reward(item) if rewards else None,
+        passed=max(rewards) if rewards else None,
+        truncated=float(np.mean([c.finish_reason == "length" for c in item.samples])) if item.samples else 0.0,
+        right_tokens=float(np.mean(right)) if right else None,
+        num_no_verdict=sum(verdict.reward is None for verdict in [item.greedy_verdict, *item.verdicts]),
+        num_tokens=sum(len(completion.tokens) for completion in [item.greedy, *item.samples]),
+    )
+
+
 def evaluate(
     model: Zaya,
     tokenizer: PreTrainedTokenizerFast,
@@ -90,6 +128,24 @@ def evaluate(
     """
     started = time.perf_counter()
     problems = draw_problems(config)
+    answered = answer(model, tokenizer, problems, config, progress=progress)
+    return summarise(answered, config, time.perf_counter() - started), keep_samples(answered, config)
+
+
+def answer(
+    model: Zaya,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    config: EvalConfig,
+    *,
+    first: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Answered]:
+    """Ask ``problems`` once greedily and ``config.k`` times, and judge the answers.
+
+    ``first`` is the number of the first of them in an evaluation that is done in parts: it decides the seeds, so parts
+    give what the whole gives. ``progress`` as for :func:`evaluate`.
+    """
     prompts = [
         render([{"role": "user", "content": problem.prompt}], tokenizer, add_generation_prompt=True).tokens
         for problem in problems
@@ -104,7 +160,7 @@ def evaluate(
     def report(what: str) -> Callable[[int, int], None]:
         return lambda done, _: progress(what, done, len(prompts)) if progress else None
 
-    shared = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    shared = {"max_new_tokens": config.max_new_tokens, "seed": config.seed + first * config.k}
     greedy_params = SamplingParams(temperature=0, top_p=1, **shared)
     sampled_params = SamplingParams(temperature=config.temperature, top_p=config.top_p, **shared)
     # One engine for both: the prompts of the samples then come from its prefix cache.
@@ -112,10 +168,9 @@ def evaluate(
     with engine_for(model, prompts, sampled_params, num_rows) as engine:
         greedy = complete(engine, prompts, greedy_params, progress=report("greedy"))
         sampled = complete(engine, prompts, sampled_params, config.k, report(f"{config.k} samples"))
-    answered = [
+    return [
         judge(problem, greedy[i][0], sampled[i], tokenizer, strict=config.strict) for i, problem in enumerate(problems)
     ]
-    return summarise(answered, config, time.perf_counter() - started), keep_samples(answered, config)
 
 
 def draw_problems(config: EvalConfig) -> list[Problem]:
@@ -177,28 +232,37 @@ def summarise(answered: Sequence[Answered], config: EvalConfig, seconds: float) 
     return {
         **config.model_dump(mode="json", exclude={"kind", "threads", "max_rows"}),
         "seconds": round(seconds, 1),
-        "generated_tokens": sum(len(c.tokens) for item in answered for c in [item.greedy, *item.samples]),
-        "no_verdict": sum(v.reward is None for item in answered for v in [item.greedy_verdict, *item.verdicts]),
+        "generated_tokens": sum(score(item).num_tokens for item in answered),
+        "no_verdict": sum(score(item).num_no_verdict for item in answered),
         "groups": {name: _group(items) for name, items in groups.items() if items},
         "families": families,
     }
 
 
+def summarise_scores(scores: Sequence[Score]) -> dict[str, Any]:
+    """Means over problems as [mean, low, high], None where no problem has the number."""
+    return {
+        "n": len(scores),
+        "avg_at_k": _interval(one.average for one in scores),
+        "greedy": _interval(one.greedy for one in scores),
+        "pass_at_k": _interval(one.passed for one in scores),
+        "majority_at_k": _interval(one.majority for one in scores),
+        "truncation_rate": float(np.mean([one.truncated for one in scores])) if scores else 0.0,
+        "length_right_tokens": _interval(one.right_tokens for one in scores),
+    }
+
+
 def _group(items: Sequence[Answered]) -> dict[str, Any]:
     return {
-        "n": len(items),
-        "avg_at_k": _interval([float(np.mean(item.rewards)) for item in items if item.rewards]),
-        "greedy": _interval([r for item in items if (r := item.greedy_verdict.reward) is not None]),
-        "pass_at_k": _interval([max(item.rewards) for item in items if item.rewards]),
-        "majority_at_k": _interval([_majority_reward(item) for item in items if item.rewards]),
-        "truncation_rate": _truncation_rate(items),
+        **summarise_scores([score(item) for item in items]),
         "difficulties": sorted({item.problem.difficulty for item in items}),
         "families": list(dict.fromkeys(item.problem.family for item in items)),
     }
 
 
-def _interval(per_problem: list[float]) -> list[float] | None:
-    return mean_with_interval(per_problem) if per_problem else None
+def _interval(per_problem: Iterable[float | None]) -> list[float] | None:
+    values = [value for value in per_problem if value is not None]
+    return mean_with_interval(values) if values else None
 
 
 def _cell(items: Sequence[Answered]) -> dict[str, Any]:
@@ -215,11 +279,6 @@ def _cell(items: Sequence[Answered]) -> dict[str, Any]:
         "majority": mean("majority_at_k"),
         "truncated": group["truncation_rate"],
     }
-
-
-def _truncation_rate(items: Sequence[Answered]) -> float:
-    completions = [completion for item in items for completion in item.samples]
-    return sum(completion.finish_reason == "length" for completion in completions) / max(1, len(completions))
 
 
 def _majority_reward(item: Answered) -> float:

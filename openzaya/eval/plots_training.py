@@ -7,6 +7,7 @@ shaded band. Lines of layers run from dark (first layer) to light (last).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Stages = Sequence[Stage]
 MAX_POINTS = 1200
 LOAD_ENTROPY_TARGET = 0.98
 
@@ -50,7 +52,7 @@ def training_plots(run: Run) -> list[Plot]:
             "How evenly each layer's router spreads tokens over its experts: 1 is perfectly even, 0 means one expert "
             f"gets all. Above the dashed line ({LOAD_ENTROPY_TARGET}) balancing works; a layer that falls and stays "
             "down has collapsed.",
-            _load_entropy,
+            load_entropy_figure,
         ),
         (
             "expert_load",
@@ -68,7 +70,7 @@ def training_plots(run: Run) -> list[Plot]:
         (
             "gradient_norm",
             "Norm of the whole gradient before clipping. Spikes that do not return are a warning.",
-            _gradient_norm,
+            gradient_norm_figure,
         ),
         (
             "throughput",
@@ -77,13 +79,13 @@ def training_plots(run: Run) -> list[Plot]:
             _throughput,
         ),
     ]
-    return draw_plots(drawings, run)
+    return draw_plots(drawings, run.training)
 
 
-def _laid_end_to_end(run: Run, key: str) -> list[tuple[Stage, NDArray[Any], NDArray[np.float64]]]:
+def laid_end_to_end(stages: Stages, key: str) -> list[tuple[Stage, NDArray[Any], NDArray[np.float64]]]:
     """Each phase's series with its steps moved behind those of the phases before it."""
     pieces, offset = [], 0
-    for stage in run.training:
+    for stage in stages:
         steps, values = stage.series(key)
         if len(steps):
             pieces.append((stage, steps + offset, values))
@@ -91,10 +93,10 @@ def _laid_end_to_end(run: Run, key: str) -> list[tuple[Stage, NDArray[Any], NDAr
     return pieces
 
 
-def _finish_step_axis(axes: Axes, run: Run) -> None:
+def finish_step_axis(axes: Axes, stages: Stages) -> None:
     """Bands, their names above the plot, and the axis' label."""
     start = 0
-    for index, stage in enumerate(run.training):
+    for index, stage in enumerate(stages):
         end = start + stage.metrics[-1]["step"]
         axes.axvspan(start, end, color=PHASE_BANDS[index % len(PHASE_BANDS)], zorder=0, linewidth=0)
         if start:
@@ -113,14 +115,14 @@ def _finish_step_axis(axes: Axes, run: Run) -> None:
     axes.set_xlabel("optimiser step, all phases")
 
 
-def _thinned(steps: NDArray[Any], values: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def thinned(steps: NDArray[Any], values: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
     stride = max(1, math.ceil(len(steps) / MAX_POINTS))
     return steps[::stride], values[::stride]
 
 
-def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Exponential moving average [N], unbiased at the start, over about a hundredth of the series; passes over NaN."""
-    decay = 1 - 1 / max(2.0, len(values) / 100)
+def smoothed(values: NDArray[np.float64], *, share: float = 0.01) -> NDArray[np.float64]:
+    """Exponential moving average [N], unbiased at the start, over about ``share`` of the series; passes over NaN."""
+    decay = 1 - 1 / max(2.0, len(values) * share)
     total = weight = 0.0
     averages = np.empty_like(values)
     for index, value in enumerate(values):
@@ -130,30 +132,30 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return averages
 
 
-def _raw_and_smoothed(run: Run, key: str, title: str, label: str, colour: str) -> tuple[Figure, Axes] | None:
-    pieces = _laid_end_to_end(run, key)
+def _raw_and_smoothed(stages: Stages, key: str, title: str, label: str, colour: str) -> tuple[Figure, Axes] | None:
+    pieces = laid_end_to_end(stages, key)
     if not pieces:
         return None
     figure, axes = new_figure(title)
     for _, steps, values in pieces:
-        axes.plot(*_thinned(steps, values), color=colour, alpha=0.25, linewidth=0.7)
-        axes.plot(*_thinned(steps, smoothed(values)), color=colour)
+        axes.plot(*thinned(steps, values), color=colour, alpha=0.25, linewidth=0.7)
+        axes.plot(*thinned(steps, smoothed(values)), color=colour)
     # Start-up values can be far above everything that follows: they may leave the frame.
     every = np.concatenate([values for _, _, values in pieces])
     low, high = np.quantile(every, [0.001, 0.995])
     margin = 0.08 * max(high - low, 1e-12)
     axes.set_ylim(max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
     axes.set_ylabel(label)
-    _finish_step_axis(axes, run)
+    finish_step_axis(axes, stages)
     return figure, axes
 
 
-def _loss(run: Run) -> Figure | None:
-    drawn = _raw_and_smoothed(run, "loss/ce_nats", "Training loss", "cross-entropy (nats per token)", BLUE)
+def _loss(stages: Stages) -> Figure | None:
+    drawn = _raw_and_smoothed(stages, "loss/ce_nats", "Training loss", "cross-entropy (nats per token)", BLUE)
     if drawn is None:
         return None
     figure, axes = drawn
-    for _, steps, values in _laid_end_to_end(run, "loss/ce_nats"):
+    for _, steps, values in laid_end_to_end(stages, "loss/ce_nats"):
         last = smoothed(values)[-1]
         axes.annotate(
             *(f"{last:.2f}", (steps[-1], last)),
@@ -167,10 +169,10 @@ def _loss(run: Run) -> Figure | None:
     return figure
 
 
-def _throughput(run: Run) -> Figure | None:
+def _throughput(stages: Stages) -> Figure | None:
     from matplotlib.ticker import StrMethodFormatter
 
-    drawn = _raw_and_smoothed(run, "time/tokens_per_s", "Training speed", "tokens per second", TEAL)
+    drawn = _raw_and_smoothed(stages, "time/tokens_per_s", "Training speed", "tokens per second", TEAL)
     if drawn is None:
         return None
     figure, axes = drawn
@@ -179,18 +181,18 @@ def _throughput(run: Run) -> Figure | None:
     return figure
 
 
-def _gradient_norm(run: Run) -> Figure | None:
-    drawn = _raw_and_smoothed(run, "optim/gradient_norm", "Gradient norm", "norm before clipping", ORANGE)
+def gradient_norm_figure(stages: Stages) -> Figure | None:
+    drawn = _raw_and_smoothed(stages, "optim/gradient_norm", "Gradient norm", "norm before clipping", ORANGE)
     return None if drawn is None else drawn[0]
 
 
-def _layer_lines(run: Run, key: str, title: str, label: str) -> tuple[Figure, Axes, NDArray[np.float64]] | None:
+def _layer_lines(stages: Stages, key: str, title: str, label: str) -> tuple[Figure, Axes, NDArray[np.float64]] | None:
     """One line a layer with a colour bar for depth; also returns all values, [N, L]."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    pieces = [piece for piece in _laid_end_to_end(run, key) if piece[2].ndim == 2]
+    pieces = [piece for piece in laid_end_to_end(stages, key) if piece[2].ndim == 2]
     if not pieces:
         return None
     num_layers = max(values.shape[1] for _, _, values in pieces)
@@ -198,20 +200,20 @@ def _layer_lines(run: Run, key: str, title: str, label: str) -> tuple[Figure, Ax
     figure, axes = new_figure(title)
     for _, steps, values in pieces:
         for layer in range(values.shape[1]):
-            axes.plot(*_thinned(steps, smoothed(values[:, layer])), color=colours[layer], linewidth=1.4)
+            axes.plot(*thinned(steps, smoothed(values[:, layer])), color=colours[layer], linewidth=1.4)
     scale = ScalarMappable(Normalize(-0.5, num_layers - 0.5), ListedColormap(colours))
     ticks = np.unique(np.linspace(0, num_layers - 1, min(num_layers, 8)).round().astype(int)).tolist()
     bar = figure.colorbar(scale, ax=axes, pad=0.015, aspect=24, ticks=ticks)
     bar.set_label("layer")
     bar.outline.set_visible(False)
     axes.set_ylabel(label)
-    _finish_step_axis(axes, run)
+    finish_step_axis(axes, stages)
     every = np.concatenate([values.ravel() for _, _, values in pieces])
     return figure, axes, every[np.isfinite(every)]
 
 
-def _load_entropy(run: Run) -> Figure | None:
-    drawn = _layer_lines(run, "route/load_entropy", "Expert load entropy per layer", "H(load) / ln(experts)")
+def load_entropy_figure(stages: Stages) -> Figure | None:
+    drawn = _layer_lines(stages, "route/load_entropy", "Expert load entropy per layer", "H(load) / ln(experts)")
     if drawn is None:
         return None
     figure, axes, values = drawn
@@ -221,8 +223,8 @@ def _load_entropy(run: Run) -> Figure | None:
     return figure
 
 
-def _residual(run: Run) -> Figure | None:
-    drawn = _layer_lines(run, "residual/rms", "Residual stream per layer", "root mean square")
+def _residual(stages: Stages) -> Figure | None:
+    drawn = _layer_lines(stages, "residual/rms", "Residual stream per layer", "root mean square")
     if drawn is None:
         return None
     figure, axes, values = drawn
@@ -236,8 +238,8 @@ def _residual(run: Run) -> Figure | None:
     return figure
 
 
-def _expert_load(run: Run) -> Figure | None:
-    loads = [(stage, stage.series("route/expert_load")[1]) for stage in run.training]
+def _expert_load(stages: Stages) -> Figure | None:
+    loads = [(stage, stage.series("route/expert_load")[1]) for stage in stages]
     loads = [(stage, values) for stage, values in loads if values.ndim == 3]
     if not loads:
         return None
@@ -265,19 +267,19 @@ def _expert_load(run: Run) -> Figure | None:
     return figure
 
 
-def _learning_rate(run: Run) -> Figure | None:
+def _learning_rate(stages: Stages) -> Figure | None:
     series = [
-        ("Muon (matrices)", BLUE, _laid_end_to_end(run, "optim/lr_muon")),
-        ("AdamW (embeddings, vectors)", ORANGE, _laid_end_to_end(run, "optim/lr_adamw")),
+        ("Muon (matrices)", BLUE, laid_end_to_end(stages, "optim/lr_muon")),
+        ("AdamW (embeddings, vectors)", ORANGE, laid_end_to_end(stages, "optim/lr_adamw")),
     ]
     if not any(pieces for _, _, pieces in series):
         return None
     figure, axes = new_figure("Learning rate", height=3.2)
     for label, colour, pieces in series:
         for index, (_, steps, values) in enumerate(pieces):
-            axes.plot(*_thinned(steps, values), color=colour, label=label if index == 0 else None)
+            axes.plot(*thinned(steps, values), color=colour, label=label if index == 0 else None)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("learning rate")
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.08), ncols=2)  # beside the title, off the lines
-    _finish_step_axis(axes, run)
+    finish_step_axis(axes, stages)
     return figure

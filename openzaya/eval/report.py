@@ -8,18 +8,39 @@ once and laid out by the two templates beside this file.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openzaya.eval.plots import Plot
 from openzaya.eval.plots_evaluation import evaluation_plots, never_trained_families
-from openzaya.eval.plots_training import smoothed, training_plots
+from openzaya.eval.plots_training import training_plots
+from openzaya.eval.report_rl import (
+    calibration_sections,
+    cascade_facts,
+    cascade_sections,
+    rl_facts,
+    rl_section,
+)
 from openzaya.eval.run_directory import Run, Stage, read_run
+from openzaya.eval.tables import (
+    MISSING,
+    Fact,
+    Sample,
+    Table,
+    bounds,
+    count,
+    duration_s,
+    evaluation_sample,
+    final_loss,
+    interval_text,
+    percent,
+    range_of,
+    short_count,
+    stage_duration,
+)
 from openzaya.runlog import format_duration, write_text_atomically
 
-MISSING = "–"
 GROUP_TITLES = {
     "easy": "easy half",
     "hard": "hard half",
@@ -27,7 +48,6 @@ GROUP_TITLES = {
     "never_trained": "never trained on",
 }
 MAX_SAMPLES_EACH = 6
-MAX_SAMPLE_CHARACTERS = 1500
 
 
 @dataclass(frozen=True)
@@ -40,24 +60,6 @@ class ReportPaths:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of ready text. Columns after the first ``num_text_columns`` hold numbers, set to the right."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    num_text_columns: int = 1
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A headline number."""
-
-    label: str
-    value: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
 class EvaluationSection:
     """Everything shown about one evaluation stage."""
 
@@ -66,8 +68,8 @@ class EvaluationSection:
     groups: Table
     families: Table
     plots: tuple[Plot, ...]
-    good: tuple[dict[str, Any], ...]
-    bad: tuple[dict[str, Any], ...]
+    good: tuple[Sample, ...]
+    bad: tuple[Sample, ...]
 
 
 def write_report(run_dir: str | Path) -> ReportPaths:
@@ -78,12 +80,21 @@ def write_report(run_dir: str | Path) -> ReportPaths:
     run = read_run(run_dir)
     trained = training_plots(run)
     evaluations = tuple(_evaluation_section(stage) for stage in run.evaluations)
+    reinforcement = rl_section(run.reinforcement)
+    cascades, calibrations = cascade_sections(run), calibration_sections(run)
     plots = [*trained, *(plot for section in evaluations for plot in section.plots)]
+    plots += [plot for section in cascades for plot in section.plots]
+    plots += [plot for section in calibrations for plot in section.plots]
+    if reinforcement is not None:
+        plots += reinforcement.all_plots
     paths = [path for plot in plots for path in plot.save(run.directory / "plots")]
     content: dict[str, Any] = {
         "title": run.directory.resolve().name,
         "facts": _facts(run),
         "stages": _stage_table(run),
+        "cascades": cascades,
+        "calibrations": calibrations,
+        "reinforcement": reinforcement,
         "training_plots": trained,
         "evaluations": evaluations,
         "environment": _environment_table(run),
@@ -99,16 +110,16 @@ def write_report(run_dir: str | Path) -> ReportPaths:
 
 
 def _facts(run: Run) -> list[Fact]:
-    facts = []
+    facts = [*cascade_facts(run), *rl_facts(run)]
     if run.training:
         last = run.training[-1]
-        loss = _final_loss(last)
+        loss = final_loss(last)
         if loss is not None:
             facts.append(Fact("final training loss", f"{loss:.3f} nats", last.phase))
         tokens = sum(stage.last("train/tokens") or 0 for stage in run.training)
         if tokens:
-            facts.append(Fact("tokens trained on", _short_count(tokens), f"{len(run.training)} phases"))
-        facts.append(Fact("training time", format_duration(sum(map(_duration_s, run.training))), "wall clock"))
+            facts.append(Fact("tokens trained on", short_count(tokens), f"{len(run.training)} phases"))
+        facts.append(Fact("training time", format_duration(sum(map(duration_s, run.training))), "wall clock"))
         entropy = run.training[0].last("route/load_entropy_min")
         if entropy is not None:
             facts.append(Fact("lowest load entropy", f"{entropy:.3f}", f"any layer, end of {run.training[0].phase}"))
@@ -117,7 +128,7 @@ def _facts(run: Run) -> list[Fact]:
         for group, key, label in (("easy", "greedy", "greedy"), ("hard", "avg_at_k", "at temperature")):
             if (value := groups.get(group, {}).get(key)) is not None:
                 suffix = f" {stage.evaluation.get('temperature', 1):g}" if key == "avg_at_k" else ""
-                facts.append(Fact(f"{GROUP_TITLES[group]}, {label}{suffix}", _percent(value[0]), _bounds(value)))
+                facts.append(Fact(f"{GROUP_TITLES[group]}, {label}{suffix}", percent(value[0]), bounds(value)))
     return facts
 
 
@@ -128,17 +139,20 @@ def _stage_table(run: Run) -> Table:
         total = stage.status.get("total_steps")
         # A stage that logs no steps (tokenizer, evaluation) has none, whatever its status says.
         steps = stage.metrics[-1]["step"] if stage.metrics else None
-        speed = stage.series("time/tokens_per_s")[1]
-        loss = _final_loss(stage)
+        speed = stage.series("time/rollout_tokens_per_s" if stage.is_rl else "time/tokens_per_s")[1]
+        loss = final_loss(stage)
         rows.append(
             (
                 stage.name,
                 stage.status.get("state", MISSING) + (f": {stage.status['error']}" if "error" in stage.status else ""),
                 MISSING if steps is None else f"{steps:,}" + (f" of {total:,}" if total and total != steps else ""),
-                _count(stage.last("train/tokens")),
-                _count(stage.last("train/supervised_tokens")),
-                _stage_duration(stage),
-                _count(float(sorted(speed)[len(speed) // 2]) if len(speed) else None),
+                # RL logs a step's tokens, training the sum so far.
+                count(
+                    sum(stage.series("rl/sampled_tokens")[1].tolist()) if stage.is_rl else stage.last("train/tokens")
+                ),
+                count(stage.last("train/supervised_tokens")),
+                stage_duration(stage),
+                count(float(sorted(speed)[len(speed) // 2]) if len(speed) else None),
                 MISSING if loss is None else f"{loss:.3f}",
             )
         )
@@ -151,10 +165,10 @@ def _evaluation_section(stage: Stage) -> EvaluationSection:
     header = ("problems", "n", "greedy", f"avg@{k}", f"pass@{k}", f"majority@{k}", "truncated")
     groups = [
         (
-            GROUP_TITLES.get(name, name) + _range_of(group.get("difficulties", [])),
-            _count(group.get("n")),
-            *(_interval(group.get(key)) for key in ("greedy", "avg_at_k", "pass_at_k", "majority_at_k")),
-            _percent(group.get("truncation_rate")),
+            GROUP_TITLES.get(name, name) + range_of(group.get("difficulties", [])),
+            count(group.get("n")),
+            *(interval_text(group.get(key)) for key in ("greedy", "avg_at_k", "pass_at_k", "majority_at_k")),
+            percent(group.get("truncation_rate")),
         )
         for name, group in evaluation.get("groups", {}).items()
     ]
@@ -189,16 +203,16 @@ def _family_table(evaluation: dict[str, Any]) -> Table:
         for key in ("greedy", "avg", "pass_k", "truncated"):
             counted = [cell for cell in cells.values() if cell.get(key) is not None]
             weight = sum(cell["n"] for cell in counted)
-            means.append(_percent(sum(cell["n"] * cell[key] for cell in counted) / weight if weight else None))
-        rows.append((name.replace("_", " ") + (" *" if name in unseen else ""), _count(num), *means))
+            means.append(percent(sum(cell["n"] * cell[key] for cell in counted) / weight if weight else None))
+        rows.append((name.replace("_", " ") + (" *" if name in unseen else ""), count(num), *means))
     header = ("family", "n", "greedy", f"avg@{k}", f"pass@{k}", "truncated")
     return Table(header, tuple(rows))
 
 
-def _chosen_samples(samples: list[dict[str, Any]]) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
+def _chosen_samples(samples: list[dict[str, Any]]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """A few solved and a few missed problems; the hardest solved and the easiest missed, one a family first."""
 
-    def choose(candidates: list[dict[str, Any]], *, hardest: bool) -> tuple[dict[str, Any], ...]:
+    def choose(candidates: list[dict[str, Any]], *, hardest: bool) -> tuple[Sample, ...]:
         ordered = sorted(candidates, key=lambda sample: sample["difficulty"], reverse=hardest)
         seen: dict[str, int] = {}
         ranked = []
@@ -206,21 +220,12 @@ def _chosen_samples(samples: list[dict[str, Any]]) -> tuple[tuple[dict[str, Any]
             seen[sample["family"]] = seen.get(sample["family"], 0) + 1
             ranked.append((seen[sample["family"]], sample))
         ranked.sort(key=lambda pair: pair[0])
-        return tuple(_shortened(sample) for _, sample in ranked[:MAX_SAMPLES_EACH])
+        return tuple(evaluation_sample(sample) for _, sample in ranked[:MAX_SAMPLES_EACH])
 
     # A reward of null is "no verdict": such a sample is neither solved nor missed.
     solved = [sample for sample in samples if (sample.get("reward") or 0) > 0]
     missed = [sample for sample in samples if sample.get("reward") is not None and sample["reward"] <= 0]
     return choose(solved, hardest=True), choose(missed, hardest=False)
-
-
-def _shortened(sample: dict[str, Any]) -> dict[str, Any]:
-    response = str(sample["response"])
-    if len(response) > MAX_SAMPLE_CHARACTERS:
-        half = MAX_SAMPLE_CHARACTERS // 2
-        cut = len(response) - 2 * half
-        response = f"{response[:half]}\n[... {cut:,} characters ...]\n{response[-half:]}"
-    return {**sample, "response": response}
 
 
 def _environment_table(run: Run) -> Table | None:
@@ -235,57 +240,6 @@ def _environment_table(run: Run) -> Table | None:
             value = " ".join(str(entry) for entry in value)
         rows.append((key.replace("_", " "), MISSING if value is None else str(value)))
     return Table(("", "last stage ran on"), tuple(rows), num_text_columns=2)
-
-
-# --- numbers as text ------------------------------------------------------------------------------
-
-
-def _final_loss(stage: Stage) -> float | None:
-    """Moving average of the loss at the end: a single batch says little."""
-    values = stage.series("loss/ce_nats")[1]
-    return float(smoothed(values)[-1]) if len(values) else None
-
-
-def _duration_s(stage: Stage) -> float:
-    """Time spent in steps where it was logged; pauses between interrupted sessions do not count."""
-    seconds = stage.series("time/step_s")[1]
-    if len(seconds):
-        return float(seconds.sum())
-    times = stage.series("time_unix_s")[1]
-    return float(times[-1] - times[0]) if len(times) else 0.0
-
-
-def _stage_duration(stage: Stage) -> str:
-    seconds = _duration_s(stage) if stage.metrics else stage.status.get("elapsed_s", stage.evaluation.get("seconds"))
-    return MISSING if seconds is None else format_duration(seconds)
-
-
-def _percent(share: float | None) -> str:
-    return MISSING if share is None else f"{100 * share:.1f} %"
-
-
-def _bounds(value: Sequence[float]) -> str:
-    return f"95 % interval {100 * value[1]:.1f} – {100 * value[2]:.1f} %"
-
-
-def _interval(value: Sequence[float] | None) -> str:
-    return MISSING if value is None else f"{100 * value[0]:.1f} % [{100 * value[1]:.1f}, {100 * value[2]:.1f}]"
-
-
-def _count(value: float | None) -> str:
-    return MISSING if value is None else f"{value:,.0f}"
-
-
-def _short_count(value: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.0f}"
-
-
-def _range_of(difficulties: Sequence[Any]) -> str:
-    numbers = sorted(int(difficulty) for difficulty in difficulties)
-    return f" (difficulty {numbers[0]}–{numbers[-1]})" if numbers else ""
 
 
 # --- layout ---------------------------------------------------------------------------------------

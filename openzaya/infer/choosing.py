@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from openzaya.data.tokenizer import encode_batch
 from openzaya.errors import EngineError
 from openzaya.infer.constraint import make_constraint
 from openzaya.infer.outputs import FinishReason, TokenLogprob
-from openzaya.infer.sampling import Penalties, SamplingParams, UniformStream, draw, draw_on_cpu
+from openzaya.infer.sampling import Penalties, SamplingParams, UniformStream, draw, draw_on_cpu, logprobs_on_cpu
 from openzaya.infer.stopping import StopStrings
 from openzaya.infer.text import Detokeniser
 from openzaya.infer.thinking import Thinking
@@ -40,8 +39,7 @@ if TYPE_CHECKING:
 IMPOSSIBLE = -math.inf
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """What one more token did."""
 
     text: str
@@ -90,7 +88,7 @@ class SequenceState:
         self._penalties = Penalties(params, prompt_tokens) if has_penalties else None
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-        self._ends = sorted({*params.stop_token_ids, *(() if params.ignore_eos else (eos_token_id,))})
+        self._ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else (eos_token_id,))))
         self._constraint = self._thinking = None
         if tokenizer is not None:
             self._constraint = make_constraint(params, tokenizer, vocab_size=vocab_size, eos_token_id=eos_token_id)
@@ -170,7 +168,7 @@ class SequenceState:
         """
         token = chosen.token
         self._num_steps += 1
-        is_constrained = self._is_constrained(token)
+        is_constrained = self._constraint is not None and self._is_constrained(token)
         if token in self._ends or (is_constrained and token == self._eos):
             reason: FinishReason = "length" if self._has_failed else "stop"
             return self._finish("", reason, token if token in self.params.stop_token_ids else None, kept=False)
@@ -184,7 +182,8 @@ class SequenceState:
             self._thinking.push(token, piece)
             if self._constraint is not None and self._tokenizer is not None and self._thinking.rest:
                 self._constraint.try_push(encode_batch(self._tokenizer, [self._thinking.rest])[0])
-        if len(self.tokens) < self.params.min_new_tokens:
+        num_tokens = len(self.tokens)
+        if num_tokens < self.params.min_new_tokens:
             text, stop = self._stops.pass_by(piece), None
         else:
             text, stop = self._stops.push(piece)
@@ -192,7 +191,7 @@ class SequenceState:
             return Progress(text, "stop", stop, True)
         if self._constraint is not None and self._constraint.is_complete:
             return self._finish(text, "stop", None, kept=True)
-        if len(self.tokens) >= self.params.max_new_tokens or self._has_failed:
+        if num_tokens >= self.params.max_new_tokens or self._has_failed:
             return self._finish(text, "length", None, kept=True)
         return Progress(text, None, None, True)
 
@@ -246,7 +245,8 @@ def choose(logits_BV: Tensor, states: Sequence[SequenceState]) -> list[TokenLogp
             wanted.setdefault(state.params.logprobs, []).append(row)
     chosen = [TokenLogprob(token, math.nan) for token in tokens]
     for num_top, rows in wanted.items():
-        found = _with_logprobs(logits_BV[rows], [tokens[row] for row in rows], num_top)
+        some_BV = logits_BV if len(rows) == len(states) else logits_BV[rows]
+        found = _with_logprobs(some_BV, [tokens[row] for row in rows], num_top)
         for row, token_logprob in zip(rows, found, strict=True):
             chosen[row] = token_logprob
     return chosen
@@ -266,6 +266,8 @@ def _draw(logits_BV: Tensor, states: Sequence[SequenceState], free: list[int]) -
 
 
 def _with_logprobs(logits_BV: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprob]:
+    if num_top == 0 and logits_BV.device.type == "cpu":
+        return list(map(TokenLogprob, tokens, logprobs_on_cpu(logits_BV, tokens)))
     logprobs_BV = logits_BV.float().log_softmax(dim=-1)
     chosen = logprobs_BV.gather(1, torch.tensor(tokens, device=logits_BV.device)[:, None])[:, 0].tolist()
     if num_top == 0:

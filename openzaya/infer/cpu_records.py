@@ -68,6 +68,11 @@ class Sequence(ctypes.Structure):
     )
 
 
+# A step lists its sequences as rows of an int64 array, which is the same as so many records.
+NUM_SEQUENCE_FIELDS = len(Sequence._fields_)
+SEQUENCE_BLOCKS = [name for name, _ in Sequence._fields_].index("blocks")
+
+
 class Work(ctypes.Structure):
     _fields_ = _fields(
         ("tokens sequences logits_rows", ctypes.c_int64),

@@ -8,8 +8,10 @@ sequence's numbers do not depend on the batch, on how its prompt was cut into ch
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +21,13 @@ from openzaya.infer.runner import BLOCK_TOKENS, CacheDtype, StepResult, StepSequ
 from openzaya.kernels import build
 from openzaya.kernels.host import zeros_in_large_pages
 from openzaya.model.config import ZayaConfig
+from openzaya.model.counts import num_active_parameters
 from openzaya.model.transformer import Zaya
 
 LANES = 16
 NOT_FORCED = 255
+ALONE_BELOW = 1 << 20
+"""Products of so few multiplications take one thread no longer than several, which wait for each other."""
 
 
 class CpuRunner:
@@ -58,6 +63,7 @@ class CpuRunner:
         self.num_blocks, self.num_slots = num_blocks, num_slots
         self.num_threads = num_threads or torch.get_num_threads()
         dtype = model.dtype if cache_dtype == "auto" else getattr(torch, cache_dtype)
+        self._tokens_alone = ALONE_BELOW // num_active_parameters(model.config)
         self._model = records.ModelRecord(model)
         self._make_memory(dtype)
         self._room = torch.empty(1 << 20, dtype=torch.uint8)
@@ -114,21 +120,23 @@ class CpuRunner:
     def step(self, sequences: Sequence[StepSequence]) -> StepResult:
         """See :meth:`openzaya.infer.runner.Runner.step`; raises :class:`EngineError` for blocks that do not suffice."""
         config = self.config
-        tokens = torch.tensor([token for sequence in sequences for token in sequence.tokens], dtype=torch.int32)
-        tables = [torch.tensor(list(sequence.blocks), dtype=torch.int32) for sequence in sequences]
-        listed = (records.Sequence * len(sequences))()
-        first = rows = 0
-        for record, sequence, table in zip(listed, sequences, tables, strict=True):
-            count = len(sequence.tokens)
-            if count == 0 or len(table) * BLOCK_TOKENS < sequence.start + count:
+        tokens, tables = array("i"), array("i")
+        listed: list[tuple[int, ...]] = []
+        rows = 0
+        for brought, start, slot, blocks, wanted, _ in sequences:
+            count = len(brought)
+            if count == 0 or len(blocks) * BLOCK_TOKENS < start + count:
                 raise EngineError(
-                    f"a sequence brings {count} tokens behind {sequence.start} and has {len(table)} blocks of "
+                    f"a sequence brings {count} tokens behind {start} and has {len(blocks)} blocks of "
                     f"{BLOCK_TOKENS}; give at least one token, and blocks for all"
                 )
-            wanted = {"none": 0, "last": 1, "all": count}[sequence.logits]
-            record.first, record.count, record.start, record.slot = first, count, sequence.start, sequence.slot
-            record.blocks, record.logits_first, record.logits_count = table.data_ptr(), rows, wanted
-            first, rows = first + count, rows + wanted
+            num_rows = 1 if wanted == "last" else count if wanted == "all" else 0
+            listed.append((len(tokens), count, start, slot, tables.itemsize * len(tables), rows, num_rows))
+            tokens.extend(brought)
+            tables.extend(blocks)
+            rows += num_rows
+        records_S = np.array(listed, dtype=np.int64).reshape(-1, records.NUM_SEQUENCE_FIELDS)
+        records_S[:, records.SEQUENCE_BLOCKS] += tables.buffer_info()[0]
         forced = self._forced(sequences, len(tokens))
         experts = torch.empty(len(tokens), config.num_hidden_layers, dtype=torch.uint8)
         logits = torch.empty(rows, config.vocab_size)
@@ -136,8 +144,8 @@ class CpuRunner:
             len(tokens),
             len(sequences),
             rows,
-            tokens.data_ptr(),
-            ctypes.addressof(listed),
+            tokens.buffer_info()[0],
+            records_S.ctypes.data,
             None if forced is None else forced.data_ptr(),
             experts.data_ptr(),
             logits.data_ptr(),
@@ -153,7 +161,8 @@ class CpuRunner:
 
     def _call(self, work: records.Work) -> int:
         model, memory = self._model.record, self._memory
-        return int(self._step(self.num_threads, ctypes.byref(model), ctypes.byref(memory), ctypes.byref(work)))
+        num_threads = 1 if work.tokens <= self._tokens_alone else self.num_threads
+        return int(self._step(num_threads, ctypes.byref(model), ctypes.byref(memory), ctypes.byref(work)))
 
     def _forced(self, sequences: Sequence[StepSequence], num_tokens: int) -> Tensor | None:
         if all(sequence.forced_experts is None for sequence in sequences):

@@ -228,23 +228,25 @@ class StepLoop:
         for share in shares:
             begin, end = begin + share.num_tokens, begin + share.num_tokens
             is_last, candidate = share.is_last, share.candidate
-            self.num_prompt_tokens += max(0, min(share.num_tokens, len(candidate.request.prompt) - candidate.num_run))
+            if candidate.num_run < (num_prompt := len(candidate.request.prompt)):
+                self.num_prompt_tokens += min(share.num_tokens, num_prompt - candidate.num_run)
             self.scheduler.advance(share, experts_NL[end - share.num_tokens : end])
             if is_last:
-                together = [candidate, *self.scheduler.fork(candidate)]
-                candidates += together
-                rows += [row] * len(together)
+                forks = self.scheduler.fork(candidate)
+                candidates += (candidate, *forks)
+                rows += [row] * (1 + len(forks))
                 row += 1
         return candidates, rows
 
     def _accept(self, candidate: Candidate, chosen: TokenLogprob) -> None:
-        delta = candidate.accept(chosen, self.scheduler.version)
+        request, progress = candidate.request, candidate.accept(chosen, self.scheduler.version)
         self.num_tokens_generated += 1
-        if delta.finish_reason is not None:
+        if progress.finish_reason is not None:
             self.scheduler.finish(candidate)
-        self._tell(candidate.request, delta)
-        if all(other.is_done for other in candidate.request.candidates):
-            self._end(candidate.request, candidate.request.output())
+        if request.on_delta is not None:
+            self._tell(request, candidate.delta(progress))
+        if progress.finish_reason is not None and all(other.is_done for other in request.candidates):
+            self._end(request, request.output())
 
     def _cancel(self, request: Request) -> None:
         self.scheduler.remove(request)

@@ -42,6 +42,9 @@ class Completion:
     ``length``: nothing came behind the last token, so it was not run. From the prefix cache: those recorded then."""
     versions: list[int] = field(default_factory=list)
     """The weights' version that each token was sampled with."""
+    end_token: TokenLogprob | None = None
+    """The token that ended it and is not part of it; training needs it, for the policy chose it too."""
+    end_version: int = 0
 
 
 @dataclass(frozen=True)

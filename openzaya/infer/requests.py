@@ -8,6 +8,7 @@ for all of them.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -68,7 +69,7 @@ class Candidate:
         """Candidates that begin when this one's prompt has been run."""
         self.num_run = 0
         self.slot: int | None = None
-        self.blocks: list[int] = []
+        self.blocks = array("i")
         self.version = -1
         """The weights' version that all of its blocks were run with since it was admitted."""
         self.num_common: dict[Candidate, int] = {}
@@ -92,7 +93,7 @@ class Candidate:
         """Start over with weights of this version; keys of full blocks are kept where they still hold."""
         if version != self.version:
             self.version, self._keys = version, []
-        self.num_run, self.blocks, self.waits_for = 0, [], None
+        self.num_run, self.blocks, self.waits_for = 0, array("i"), None
 
     def key(self, block: int) -> bytes:
         """The prefix cache's key of the full block with this index."""
@@ -122,36 +123,47 @@ class Candidate:
         if leader.num_run:
             self.record_experts(0, leader.experts(0, leader.num_run))
 
-    def accept(self, chosen: TokenLogprob, version: int) -> Delta:
-        """Take a sampled token; the delta says whether it was the last."""
-        progress = self.state.accept(chosen)
+    def accept(self, chosen: TokenLogprob, version: int) -> Progress:
+        """Take a sampled token."""
+        progress, completion = self.state.accept(chosen), self.completion
         if progress.kept:
             self.tokens.append(chosen.token)
-            self.completion.tokens.append(chosen.token)
-            self.completion.versions.append(version)
-            if self.completion.logprobs is not None:
-                self.completion.logprobs.append(chosen)
-        return self._delta(progress, [chosen] if progress.kept else [], version)
+            completion.tokens.append(chosen.token)
+            completion.versions.append(version)
+            if completion.logprobs is not None:
+                completion.logprobs.append(chosen)
+        else:
+            completion.end_token, completion.end_version = chosen, version
+        self._record(progress)
+        return progress
 
     def end(self, reason: FinishReason) -> Delta:
         """End it from outside."""
-        return self._delta(Progress(self.state.flush(), reason, None, False), [], 0)
+        progress = Progress(self.state.flush(), reason, None, False)
+        self._record(progress)
+        return self.delta(progress)
 
-    def _delta(self, progress: Progress, kept: list[TokenLogprob], version: int) -> Delta:
-        self._pieces.append(progress.text)
+    def _record(self, progress: Progress) -> None:
         completion = self.completion
+        if progress.text:
+            self._pieces.append(progress.text)
         if progress.finish_reason is not None:
             completion.finish_reason, completion.stop = progress.finish_reason, progress.stop
             completion.text = "".join(self._pieces)
             if self.request.params.return_experts:
                 completion.experts = self.experts(0, self.num_run)
+
+    def delta(self, progress: Progress) -> Delta:
+        """What a listener is told of the last token."""
+        completion = self.completion
+        last = slice(-1, None) if progress.kept else slice(0)
         return Delta(
             completion.index,
-            [chosen.token for chosen in kept],
+            completion.tokens[last],
             progress.text,
-            logprobs=None if completion.logprobs is None else kept,
+            logprobs=None if completion.logprobs is None else completion.logprobs[last],
             finish_reason=progress.finish_reason,
             num_cached_tokens=self.request.num_cached_tokens or 0,
-            versions=[version] * len(kept),
+            versions=completion.versions[last],
             completion=completion if progress.finish_reason is not None else None,
         )

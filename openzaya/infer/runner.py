@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ CacheDtype = Literal["auto", "float32", "bfloat16", "int8"]
 """How keys and values are stored; ``auto`` is the model's own type, ``int8`` has one scale a token and head."""
 
 
-@dataclass(frozen=True)
-class StepSequence:
+class StepSequence(NamedTuple):
     """One sequence's share of a step: ``tokens`` at positions ``start``, ``start + 1``, ..."""
 
     tokens: Sequence[int]

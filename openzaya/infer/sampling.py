@@ -5,41 +5,33 @@ cumulative distribution at a uniform number that belongs to the row's own seed a
 depend on what else is in the batch.
 
 ``probabilities`` is the plain form on any device: it sorts the vocabulary. On a CPU, ``draw`` finds the same tokens
-with less work: a small vocabulary is sorted for all rows at once; of a large one, where sorting 262,144 numbers takes
-longer than a layer of the model, each row needs one softmax and a few passes.
+with less work, in C++ and without sorting (openzaya/kernels/cpp/cpu/draw.hpp); where there are no kernels it takes the
+plain form row by row.
 
 Shape suffixes: B rows, V vocabulary, G greedy rows.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 from torch import Tensor
+
+from openzaya.kernels import build
 
 SMALLEST_TEMPERATURE = 1e-30
 """Below it fp32 could not hold the temperature itself."""
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
-SMALL_VOCABULARY = 4096
-"""Up to this size all rows are worked on together."""
-SORTED_AT_ONCE = 2048
-"""Shares that are sorted as a whole; of more, first the neighbourhood of the border is found."""
-NUM_BUCKETS = 1024
-"""Shares, at most 1, have bits up to 0x3F800000; shifted by 20 they are below this."""
-COUNTED_AT_ONCE = 32_768
-"""Shares a call of bincount, whose copies in double precision then stay in the processor's cache."""
+SHARED_FROM = 1 << 16
+"""From so many logits on, all threads draw."""
 UNIFORMS_AT_ONCE = 128
-FEW = 16
-"""Where less than one share in so many is kept, they are taken out before they are summed."""
-
-FloatArray = NDArray[np.float32]
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -156,10 +148,7 @@ def draw(
     matrix_BV = logits_BV if isinstance(logits_BV, Tensor) else torch.stack(list(logits_BV))
     if all(row.temperature == 0 for row in rows):
         return _finite(matrix_BV).argmax(dim=-1)
-    cumulative_BV = probabilities(matrix_BV, rows).cumsum(dim=-1)
-    # Rounding may leave the total a little off 1; scaled, the last kept token closes the range.
-    threshold_B1 = uniform_B[:, None].to(cumulative_BV) * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0].clamp_max(matrix_BV.shape[1] - 1)
+    return _draw_plain(matrix_BV, rows, uniform_B)
 
 
 def draw_on_cpu(
@@ -168,110 +157,52 @@ def draw_on_cpu(
     """:func:`draw` for logits on the CPU, all as Python numbers."""
     if not len(params):
         return []
-    if len(logits_BV[0]) > SMALL_VOCABULARY:
-        return [_draw_row(*row) for row in zip(logits_BV, params, uniforms, strict=True)]
-    matrix_BV = _finite(logits_BV if isinstance(logits_BV, Tensor) else torch.stack(list(logits_BV)))
-    is_greedy = [row.temperature == 0 for row in params]
-    if all(is_greedy):
-        tokens: list[int] = matrix_BV.numpy().argmax(axis=1).tolist()
-        return tokens
-    tokens = _draw_together(matrix_BV, params, uniforms)
-    for row, greedy in enumerate(is_greedy):
-        if greedy:
-            tokens[row] = int(matrix_BV[row].numpy().argmax())
-    return tokens
-
-
-def _draw_together(logits_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
-    """Every operation here gives each row the same bits whatever the other rows are, and however many."""
-    vocab = logits_BV.shape[1]
-    temperatures = [max(row.temperature, SMALLEST_TEMPERATURE) for row in params]
-    temperature_B1 = torch.tensor(temperatures, dtype=torch.float32)[:, None]
-    shares_BV = _shares(logits_BV, temperature_B1).numpy()
-    lowest_B1 = np.array([row.min_p for row in params], dtype=np.float32)[:, None] * shares_BV.max(
-        axis=1, keepdims=True
+    matrix_BV = (logits_BV if isinstance(logits_BV, Tensor) else torch.stack(list(logits_BV))).float().contiguous()
+    library = build.inference().library
+    if library is None:
+        return [int(_draw_plain(*row)) for row in zip(matrix_BV.split(1), params, uniforms, strict=True)]
+    settings = np.array(
+        [
+            (row.temperature, row.top_k, row.top_p, row.min_p, uniform)
+            for row, uniform in zip(params, uniforms, strict=True)
+        ]
     )
-    top_k_B = np.array([row.top_k if 0 < row.top_k < vocab else vocab for row in params])
-    top_p_B1 = np.array([row.top_p for row in params])[:, None]
-    if (top_k_B < vocab).any() or (top_p_B1 < 1).any():
-        ordered_BV = np.sort(shares_BV, axis=1)[:, ::-1].copy()
-        kth_B1 = np.take_along_axis(ordered_BV, top_k_B[:, None] - 1, axis=1)
-        ordered_BV *= ordered_BV >= kth_B1
-        reached_BV = torch.from_numpy(ordered_BV).cumsum(dim=1, dtype=torch.float64).numpy()
-        before_BV = reached_BV - ordered_BV
-        num_kept_B = ((before_BV < top_p_B1 * reached_BV[:, -1:]) & (ordered_BV > 0)).sum(axis=1)
-        # Rounding must not make top_p = 1 a filter.
-        num_kept_B = np.where(top_p_B1[:, 0] < 1, np.maximum(num_kept_B, 1), (ordered_BV > 0).sum(axis=1))
-        smallest_B1 = np.take_along_axis(ordered_BV, num_kept_B[:, None] - 1, axis=1)
-        kept_BV = shares_BV >= smallest_B1
-        surplus_B = kept_BV.sum(axis=1) - num_kept_B
-        for row in np.flatnonzero(surplus_B > 0):
-            # Of equals the token with the smaller id comes first.
-            kept_BV[row, np.flatnonzero(shares_BV[row] == smallest_B1[row])[-surplus_B[row] :]] = False
-        shares_BV = shares_BV * kept_BV
-    if (lowest_B1 > 0).any():
-        shares_BV = shares_BV * (shares_BV >= lowest_B1)
-    cumulative_BV = torch.from_numpy(shares_BV).cumsum(dim=1).numpy()
-    threshold_B1 = np.array(uniforms, dtype=np.float32)[:, None] * cumulative_BV[:, -1:]
-    places: list[int] = np.minimum((cumulative_BV <= threshold_B1).sum(axis=1), vocab - 1).tolist()
-    return places
+    tokens = np.empty(len(settings), dtype=np.int64)
+    library.cpu_draw(*_sizes(matrix_BV), *_addresses(matrix_BV.data_ptr(), settings.ctypes.data, tokens.ctypes.data))
+    drawn: list[int] = tokens.tolist()
+    return drawn
 
 
-def _draw_row(logits_V: Tensor, params: SamplingParams, uniform: float) -> int:
-    logits_V = _finite(logits_V)
-    if params.temperature == 0:
-        return int(logits_V.numpy().argmax())
-    shares = _shares(logits_V, max(params.temperature, SMALLEST_TEMPERATURE)).numpy()
-    lowest = np.float32(params.min_p) * shares.max()
-    ids: NDArray[np.intp] | None = None
-    if 0 < params.top_k < len(shares):
-        kth = torch.from_numpy(shares).topk(params.top_k).values[-1].item()
-        ids = np.flatnonzero(shares >= kth)
-        shares = shares[ids]
-    kept = _nucleus(shares, params.top_p) if params.top_p < 1 else None
-    if params.min_p > 0:
-        kept = shares >= lowest if kept is None else kept & (shares >= lowest)
-    if kept is not None and FEW * np.count_nonzero(kept) < len(shares):
-        places = np.flatnonzero(kept)
-        ids, shares = (places if ids is None else ids[places]), shares[places]
-    elif kept is not None:
-        shares *= kept
-    cumulative = torch.from_numpy(shares).cumsum(0).numpy()
-    place = min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(shares) - 1)
-    return int(place if ids is None else ids[place])
+def logprobs_on_cpu(logits_BV: Tensor, tokens: Sequence[int]) -> list[float]:
+    """Natural logarithm of one token's share in each row, before any filter; each row by itself, bit for bit."""
+    matrix_BV = logits_BV.float().contiguous()
+    chosen = np.array(tokens, dtype=np.int64)
+    library = build.inference().library
+    if library is None:
+        return [row_V.log_softmax(0)[token].item() for row_V, token in zip(matrix_BV, tokens, strict=True)]
+    found = np.empty(len(chosen), dtype=np.float32)
+    library.cpu_logprobs(*_sizes(matrix_BV), *_addresses(matrix_BV.data_ptr(), chosen.ctypes.data, found.ctypes.data))
+    logprobs: list[float] = found.tolist()
+    return logprobs
 
 
-def _nucleus(shares: FloatArray, top_p: float) -> NDArray[np.bool_]:
-    """True for the fewest largest shares that hold ``top_p`` of the sum; of equals the first ones.
+def _sizes(matrix_BV: Tensor) -> tuple[ctypes.c_int, ctypes.c_int64, ctypes.c_int64]:
+    """Threads, rows, columns. A few rows take less time than to wake the other threads."""
+    threads = torch.get_num_threads() if matrix_BV.numel() >= SHARED_FROM else 1
+    return ctypes.c_int(threads), ctypes.c_int64(matrix_BV.shape[0]), ctypes.c_int64(matrix_BV.shape[1])
 
-    Only the neighbourhood of the smallest share that stays is sorted: what is above the mean, where that holds
-    enough already (as for most text), and of it the one bucket of a histogram by size in which the border falls.
-    """
-    target = top_p * float(shares.sum(dtype=np.float64))
-    pool, mass_above, num_above = shares, 0.0, 0
-    large = shares[shares >= np.float32(shares.mean(dtype=np.float64))]
-    if float(large.sum(dtype=np.float64)) >= target:
-        pool = large
-    if len(pool) > SORTED_AT_ONCE:
-        # The bits of positive floats rise with their value: exponent and three bits of the fraction.
-        bucket_of = pool.view(np.int32) >> 20
-        masses = np.zeros(NUM_BUCKETS)
-        for start in range(0, len(pool), COUNTED_AT_ONCE):
-            part = slice(start, start + COUNTED_AT_ONCE)
-            masses += np.bincount(bucket_of[part], weights=pool[part], minlength=NUM_BUCKETS)
-        reached = masses[::-1].cumsum()
-        bucket = NUM_BUCKETS - 1 - min(int(np.searchsorted(reached, target, side="left")), NUM_BUCKETS - 1)
-        mass_above, num_above = float(masses[:bucket:-1].sum()), int((bucket_of > bucket).sum())
-        pool = pool[bucket_of == bucket]
-    ordered = np.sort(pool)[::-1]
-    before = mass_above + (ordered.cumsum(dtype=np.float64) - ordered)
-    num_kept = max(1, int(np.searchsorted(before, target, side="left")))
-    smallest = ordered[num_kept - 1]
-    kept = shares >= smallest
-    surplus = int(np.count_nonzero(kept)) - num_above - num_kept
-    if surplus > 0:
-        kept[np.flatnonzero(shares == smallest)[-surplus:]] = False
-    return kept
+
+def _addresses(*addresses: int) -> Iterable[ctypes.c_void_p]:
+    return map(ctypes.c_void_p, addresses)
+
+
+def _draw_plain(
+    logits_BV: Tensor, params: SamplingParams | Sequence[SamplingParams], uniform_B: Tensor | float
+) -> Tensor:
+    cumulative_BV = probabilities(logits_BV, params).cumsum(dim=-1)
+    # Rounding may leave the total a little off 1; scaled, the last kept token closes the range.
+    threshold_B1 = torch.as_tensor(uniform_B).reshape(-1, 1).to(cumulative_BV) * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0].clamp_max(logits_BV.shape[1] - 1)
 
 
 def _shares(logits: Tensor, temperature: Tensor | float) -> Tensor:

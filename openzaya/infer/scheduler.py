@@ -13,8 +13,9 @@ The oldest always proceeds, so everything ends.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -28,8 +29,7 @@ SPARE_BLOCKS = 1
 """Free blocks to be left for each running candidate when another one is admitted: fewer preemptions."""
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """How many of a candidate's tokens the next step runs."""
 
     candidate: Candidate
@@ -185,7 +185,7 @@ class Scheduler:
         # The end of a text goes first when the cache makes room: its beginning is worth more.
         for block in reversed(candidate.blocks):
             self.pool.release(block)
-        candidate.blocks = []
+        candidate.blocks = array("i")
         if candidate.slot is not None:
             self._slots.append(candidate.slot)
             candidate.slot = None
@@ -246,16 +246,17 @@ class Scheduler:
     def advance(self, share: Share, experts_NL: np.ndarray) -> None:
         """The share has been run."""
         candidate = share.candidate
-        before = candidate.num_run // BLOCK_TOKENS
-        candidate.record_experts(candidate.num_run, experts_NL)
-        candidate.num_run += share.num_tokens
-        if self._is_cached(candidate) and candidate.version == self.version:
-            for index in range(before, candidate.num_run // BLOCK_TOKENS):
+        before, candidate.num_run = candidate.num_run, candidate.num_run + share.num_tokens
+        candidate.record_experts(before, experts_NL)
+        first_full, end_full = before // BLOCK_TOKENS, candidate.num_run // BLOCK_TOKENS
+        may_keep = first_full < end_full or share.is_split
+        if may_keep and self._is_cached(candidate) and candidate.version == self.version:
+            for index in range(first_full, end_full):
                 experts = candidate.experts(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
                 self.pool.publish(candidate.blocks[index], candidate.key(index), experts)
             if share.is_split:
                 sharing.keep_part(self.pool, self.runner, candidate)
-        if candidate.num_run >= len(candidate.request.prompt):
+        if candidate.num_common and candidate.num_run >= len(candidate.request.prompt):
             candidate.num_common.clear()
 
     def fork(self, leader: Candidate) -> list[Candidate]:
@@ -263,8 +264,10 @@ class Scheduler:
 
         The others wait behind one of them, at the head of the queue.
         """
-        followers, leader.followers = leader.followers, []
-        begun = 0
+        followers, begun = leader.followers, 0
+        if not followers:
+            return []
+        leader.followers = []
         for follower in followers:
             if not self._slots or self.pool.num_free < 1 + SPARE_BLOCKS * len(self.running):
                 break

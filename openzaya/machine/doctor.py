@@ -78,6 +78,8 @@ def diagnose(machine: Machine) -> Diagnosis:
         problems.append(machine.cache_problem)
     if machine.missing_packages:
         notices.append(f"'openzaya serve' needs {', '.join(machine.missing_packages)}: pip install 'openzaya[serve]'")
+    if machine.sandbox_problem:
+        notices.append(f"environments that run programs are not to be had: {machine.sandbox_problem}")
     if machine.allowed_cores < machine.num_threads:
         notices.append(
             f"{machine.num_threads} threads on {machine.allowed_cores:g} processors that this process may use: they "
@@ -114,6 +116,7 @@ def diagnosis_text(diagnosis: Diagnosis) -> str:
         ("kernels", f"inference {_kernels_text(machine.inference_kernels)}, "
          f"training {_kernels_text(machine.training_kernels)}"),
         ("cache", f"{machine.cache_directory or 'none'}{free}"),
+        ("sandbox", machine.sandbox or "none"),
         ("GPU", ", ".join(machine.gpus) or "none"),
     ]  # fmt: skip
     lines = [f"{name:<14}{value}" for name, value in rows]

@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 
-from openzaya.errors import ConfigError
+from openzaya.errors import ConfigError, SandboxUnavailable
 from openzaya.kernels import build
 from openzaya.machine.memory import Memory, allowed_processors, read_memory
+from openzaya.sandbox import isolation
 
 SERVER_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 _BANDWIDTH_BUFFER_BYTES = 1 << 30
@@ -74,6 +75,10 @@ class Machine:
     """Why nothing can be written there; "" where all is well."""
     missing_packages: tuple[str, ...]
     """Of those that ``openzaya serve`` needs."""
+    sandbox: str = ""
+    """How programs that models write are isolated; "" where they cannot be."""
+    sandbox_problem: str = ""
+    """Why they cannot be."""
 
 
 def look() -> Machine:
@@ -84,6 +89,7 @@ def look() -> Machine:
         training = Kernels(True) if build.available() else Kernels(False, inference.problem)
     bandwidth, source = read_bandwidth()
     cache, free, problem = _cache()
+    sandbox, sandbox_problem = _sandbox()
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
@@ -105,6 +111,8 @@ def look() -> Machine:
         cache_free_bytes=free,
         cache_problem=problem,
         missing_packages=tuple(name for name in SERVER_PACKAGES if importlib.util.find_spec(name) is None),
+        sandbox=sandbox,
+        sandbox_problem=sandbox_problem,
     )
 
 
@@ -197,6 +205,13 @@ def _instruction_sets() -> tuple[str, ...]:
     if flags:
         return tuple(name for name in (*_SHOWN_FEATURES, *_ARM_FEATURES) if name in flags)
     return (torch.backends.cpu.get_cpu_capability(),)
+
+
+def _sandbox() -> tuple[str, str]:
+    try:
+        return str(isolation()), ""
+    except SandboxUnavailable as error:
+        return "", str(error)
 
 
 def _gpus() -> tuple[str, ...]:

@@ -21,7 +21,7 @@ their names and layout, and full-size random checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,6 +93,7 @@ def load(
     revision: str | None = None,
     quantize: str | QuantScheme | None = None,
     mapped: bool = True,
+    known_groups: Collection[str] = (),
 ) -> Zaya:
     """The model in a checkpoint of any layout, in evaluation mode.
 
@@ -107,6 +108,7 @@ def load(
         mapped: on the CPU, leave the matrices of a quantised checkpoint in their file: open at once, and in memory as
             they are used. False copies them, as an engine does. An embedding table beside a quantised head stays in
             the file either way.
+        known_groups: required tensor groups that the caller reads by itself, with :func:`load_group`.
 
     Raises:
         ConfigError: a scheme that cannot be read.
@@ -122,10 +124,11 @@ def load(
         survey.problems.append(
             f"config.json says dtype={declared!r}, most weights are {main}; correct it, or pass dtype explicitly"
         )
-    required = required_groups(survey)
+    required = [group for group in required_groups(survey) if group not in known_groups]
     if required:
         survey.problems.append(
-            f"tensor groups {', '.join(required)} change the model and are not known here; upgrade openzaya"
+            f"it is no plain language model: it needs its tensor groups {', '.join(required)}; load a reward_head with "
+            "openzaya.rl.reward_model.RewardModel, and for any other upgrade openzaya"
         )
     if survey.scheme is not None and scheme is not None:
         survey.problems.append(already_quantised(survey.scheme))
@@ -357,7 +360,8 @@ def load_group(path_or_hub_id: str | Path, group: str) -> dict[str, torch.Tensor
     survey.refuse()
     if group not in survey.groups:
         raise CheckpointError(
-            f"no tensor group '{group}' in {survey.directory}; it holds: {sorted(survey.groups) or 'none'}"
+            f"no tensor group '{group}' in {survey.directory}; it holds: {sorted(survey.groups) or 'none'}; name a "
+            "checkpoint that was saved with it"
         )
     result = {}
     for name, stored in survey.groups[group].items():

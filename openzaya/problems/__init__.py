@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from openzaya.problems.base import Annotator, Family, Problem, Solution, Verdict
 from openzaya.problems.demonstrations import HABIT_SHARE, candidate_solutions, demonstration
-from openzaya.problems.registry import FAMILIES, NEVER_TRAINED, TRAINED_FAMILIES, get_family
+from openzaya.problems.registry import FAMILIES, FURTHER_FAMILIES, NEVER_TRAINED, TRAINED_FAMILIES, get_family
 from openzaya.problems.split import SPLITS, Split, make_problem, split_of
 
 __all__ = [
     "FAMILIES",
+    "FURTHER_FAMILIES",
     "HABIT_SHARE",
     "NEVER_TRAINED",
     "SPLITS",

@@ -103,6 +103,13 @@ class Family(ABC):
     def _work(self, data: Sequence[Any], annotator: Annotator | None) -> tuple[str, str]:
         """Trace and answer; without an annotator both are right."""
 
+    def _accepts(self, data: Sequence[Any], tokens: tuple[str, ...], right_answer: str) -> bool:
+        """Whether an answer's ``tokens`` (of ``normalise_answer``) are right.
+
+        A family whose problems have several right answers checks the tokens against the problem.
+        """
+        return tokens == normalise_answer(right_answer)
+
     def generate(self, rng: random.Random, difficulty: int) -> Problem:
         """Draw one problem from ``rng``; raises :class:`DataError` for a negative difficulty."""
         if difficulty < 0:
@@ -116,14 +123,14 @@ class Family(ABC):
         if annotator is None:
             return Solution(trace, answer, True)
         _, right_answer = self._work(problem.data, None)
-        return Solution(trace, answer, normalise_answer(answer) == normalise_answer(right_answer))
+        return Solution(trace, answer, self._accepts(problem.data, normalise_answer(answer), right_answer))
 
     def verify(self, problem: Problem, response: str, *, strict: bool = False) -> Verdict:
         """Judge ``<think>…</think>answer`` or a bare answer.
 
-        The answer is all text after the last ``</think>`` and must equal the right answer up to
-        blanks, case and leading zeros: nothing before or after it. ``strict`` also demands the
-        solver's own trace. A failure of the verifier gives reward ``None``.
+        The answer is all text after the last ``</think>`` and must equal the right answer (a right
+        answer, where there are several) up to blanks, case and leading zeros: nothing before or after
+        it. ``strict`` also demands the solver's own trace. A failure of the verifier gives reward ``None``.
         """
         if problem.family != self.name:
             return Verdict(None, f"problem is of family '{problem.family}', not '{self.name}'")
@@ -131,6 +138,8 @@ class Family(ABC):
             return Verdict(None, f"response is {type(response).__name__}, not text")
         try:
             right = self.solve(problem)
+            if not right.trace or not right.answer:
+                raise DataError("a problem without any work")
         except Exception as error:  # any failure of the solver means that we cannot judge
             return Verdict(None, f"solver failed: {type(error).__name__}: {error}")
         reasoning, answer = split_response(response)
@@ -141,7 +150,11 @@ class Family(ABC):
         # Bounded work on hostile input: a right answer is never much longer than ours.
         if len(answer) > 4 * len(right.answer) + 64:
             return Verdict(0.0, "answer too long")
-        if not answer.isascii() or normalise_answer(answer) != normalise_answer(right.answer):
+        try:
+            accepted = answer.isascii() and self._accepts(problem.data, normalise_answer(answer), right.answer)
+        except Exception as error:
+            return Verdict(None, f"verifier failed: {type(error).__name__}: {error}")
+        if not accepted:
             return Verdict(0.0, "wrong answer")
         if strict:
             if reasoning is None:

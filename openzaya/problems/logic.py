@@ -8,24 +8,12 @@ in which the facts are told does not make another problem: the row identifies it
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from openzaya.problems.base import Annotator, Family
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def _draw_names(rng: random.Random, num_names: int) -> list[str]:
-    """Distinct names: single letters, and longer ones only where the alphabet is too short."""
-    names: Sequence[str] = _LETTERS
-    length = 1
-    while len(names) < num_names:
-        length += 1
-        names = [*names, *map("".join, itertools.product(_LETTERS, repeat=length))]
-    return rng.sample(names, num_names)
+from openzaya.problems.names import draw_names
 
 
 class Logic(Family):
@@ -37,7 +25,7 @@ class Logic(Family):
 
     def _draw(self, rng: random.Random, difficulty: int) -> tuple[str, str, Sequence[Any]]:
         uniform = rng.random
-        row = _draw_names(rng, difficulty + 4)
+        row = draw_names(rng, difficulty + 4)
         first = last = int(uniform() * (len(row) - 1))
         num_facts = len(row) - 1
         greater_at = int(uniform() * num_facts)

@@ -113,6 +113,11 @@ class IRTPool:
         """The level to begin at: where half of the rollouts should be right."""
         return max(0, round(self.estimate[0]))
 
+    @property
+    def history(self) -> list[tuple[int, int, int]]:
+        """The observed groups: difficulty, right ones, all with a verdict."""
+        return list(self._history)
+
     def pass_rate(self, difficulty: float) -> float:
         """Expected pass rate at a difficulty."""
         return float(self._weights() @ self._probability(difficulty))

@@ -6,8 +6,6 @@ probability, whatever version of the weights made it); its advantage is A.
     mask (DPPO, Binary-TV, arXiv 2602.04879)   dropped where |p - q| > delta and A pushes p further from q
     gradient                                   kept * min(p / q, cap) * A * grad log p       no clipping, no KL term
     aggregation (Dr-GRPO, arXiv 2503.20783)    sum over the tokens of a rollout, mean over rollouts
-
-Shape suffixes: B rollouts, T tokens.
 """
 
 from __future__ import annotations
@@ -62,26 +60,25 @@ def policy_loss(
     """The loss of one micro-batch.
 
     Args:
-        logprobs: (B, T) of the current policy, with gradient.
-        sampler_logprobs: (B, T).
-        advantages: (B,), one a rollout.
-        token_mask: bool (B, T), True where the policy wrote the token.
+        logprobs: of the current policy, with gradient, any shape.
+        sampler_logprobs: the same shape.
+        advantages: one a token, or anything that broadcasts to it; (B, 1) for one a rollout.
+        token_mask: bool, the same shape, True where the policy wrote the token.
         num_rollouts: of the whole step, dropped groups included: the same denominator whatever a micro-batch holds.
     """
     _check_shapes(logprobs, sampler_logprobs)
     if num_rollouts < 1:
         raise DataError(f"num_rollouts={num_rollouts}, expected at least 1")
-    advantages_B1 = advantages[:, None]
-    kept_BT = dppo_binary_tv_mask(logprobs, sampler_logprobs, advantages_B1, delta) & token_mask
-    ratio_BT = (logprobs.detach() - sampler_logprobs).exp().clamp(max=ratio_cap)
+    kept = dppo_binary_tv_mask(logprobs, sampler_logprobs, advantages, delta) & token_mask
+    ratio = (logprobs.detach() - sampler_logprobs).exp().clamp(max=ratio_cap)
     # Where nothing is trained a log probability may be -inf, and 0 * inf would poison the sum.
-    weighted_BT = torch.where(kept_BT, ratio_BT * advantages_B1 * logprobs, 0.0)
-    dropped_BT = token_mask & ~kept_BT
-    ratios = ratio_BT[token_mask]
+    weighted = torch.where(kept, ratio * advantages * logprobs, 0.0)
+    dropped = token_mask & ~kept
+    ratios = ratio[token_mask]
     return PolicyLoss(
-        -weighted_BT.sum() / num_rollouts,
-        _share(dropped_BT, token_mask & (advantages_B1 > 0)),
-        _share(dropped_BT, token_mask & (advantages_B1 < 0)),
+        -weighted.sum() / num_rollouts,
+        _share(dropped, token_mask & (advantages > 0)),
+        _share(dropped, token_mask & (advantages < 0)),
         float(ratios.mean()) if len(ratios) else 1.0,
     )
 

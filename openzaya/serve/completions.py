@@ -98,6 +98,10 @@ class Continuation:
         if choice.completion is not None and self.request.return_token_ids and not self.request.stream:
             extras["prompt_token_ids"] = self.prompts[choice.index // self.n]
             extras["token_ids"] = choice.completion.tokens
+            end = choice.completion.end_token
+            if end is not None and self.request.logprobs is not None:
+                # It is not part of the text; training needs it, for the model chose it too.
+                extras["end_token"] = {"id": end.token, "logprob": finite(end.logprob)}
         if choice.completion is not None and self.request.return_experts:
             extras["experts"] = experts_object(choice.completion)
         return extras

@@ -1,8 +1,11 @@
-"""The training loop: one for pretraining, midtraining and SFT.
+"""The training loop: one for pretraining, midtraining, SFT and reward models.
 
 A step takes ``accumulation`` micro-batches of packed windows. Their losses are sums over supervised tokens and
 are divided by the step's true number of supervised tokens, so the gradient does not depend on how the batch
 was cut. Then: clip, Muon and AdamW, balancing biases from the load of the whole step, metrics.
+
+That is next-token prediction. What learns something else is a subclass of ``Trainer`` with its own data and loss
+(openzaya/rl/reward_training.py), run by the same ``train``.
 
 Everything that decides the rest of a run is in its checkpoint; an interrupted run continues bit for bit
 (same machine and number of threads). SIGINT or SIGTERM finishes the step in hand, saves and raises
@@ -16,14 +19,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openzaya.config import Resolved
+from openzaya.data.mixture import Mixture
 from openzaya.data.packing import Batch, PackedBatches
 from openzaya.data.recipe import build_mixture
 from openzaya.data.tokenizer import load_tokenizer
@@ -44,11 +48,26 @@ EXPERT_LOAD_EVERY = 50
 FIXED_BY_SHAPES = "start_from keeps the checkpoint's tensors; to train another shape start from a preset"
 
 
-def train(recipe: Resolved[TrainConfig], directory: Path, *, resume: bool = True) -> Path:
+class Batches(Protocol):
+    """An endless stream of micro-batches that resumes bit for bit."""
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def report(self) -> dict[str, Any]: ...
+
+
+def train(
+    recipe: Resolved[Any], directory: Path, *, resume: bool = True, trainer_type: type[Trainer] | None = None
+) -> Path:
     """Run one phase in ``directory`` and return the exported model's path.
 
     Names of earlier stages in the recipe are looked up beside ``directory``. With ``resume`` the newest
-    checkpoint there is continued, if there is one; without it, those that are there are removed.
+    checkpoint there is continued, if there is one; without it, those that are there are removed. ``trainer_type``
+    is by default :class:`Trainer`; the recipe's schema must be the one that it takes.
 
     Raises:
         OpenZayaError: a recipe, checkpoint or data source that cannot be used.
@@ -58,8 +77,8 @@ def train(recipe: Resolved[TrainConfig], directory: Path, *, resume: bool = True
     if config.threads:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
-    with _interruption() as interrupted:
-        trainer = Trainer(config, directory.parent)
+    with interruption() as interrupted:
+        trainer = (trainer_type or Trainer)(config, directory.parent)
         if resume:
             trainer.resume(directory / "checkpoints")
         else:
@@ -86,11 +105,15 @@ def train(recipe: Resolved[TrainConfig], directory: Path, *, resume: bool = True
 
 
 class Trainer:
-    """Model, data, optimiser and counters of one phase; ``stages`` is where earlier stages' directories lie."""
+    """Model, data, optimiser and counters of one phase; ``stages`` is where earlier stages' directories lie.
+
+    This one predicts the next token. A subclass that learns something else overrides :meth:`open_data`,
+    :meth:`trained_module`, :meth:`num_supervised`, :meth:`loss`, :meth:`loss_metrics` and :meth:`export`.
+    """
 
     def __init__(self, config: TrainConfig, stages: Path):
         self.config = config
-        self.model = _starting_model(config.model, stages).to(config.device)
+        self.model = starting_model(config.model, stages).to(config.device)
         self.tokenizer = load_tokenizer(_tokenizer_path(config, stages))
         if len(self.tokenizer) > self.model.config.vocab_size:
             raise ConfigError(
@@ -103,23 +126,47 @@ class Trainer:
                 f"context_length={config.context_length} exceeds the model's max_position_embeddings="
                 f"{self.model.config.max_position_embeddings}; lower it or set model.changes.max_position_embeddings"
             )
-        self.mixture = build_mixture(config.data, self.tokenizer, config.context_length)
-        self.batches = PackedBatches(
-            self.mixture, config.context_length, config.windows_per_batch, config.data.shard_examples
-        )
-        self.optimizer = MuonAdamW(self.model, config.optimizer, config.steps)
+        self.mixture, self.batches = self.open_data()
+        self.optimizer = MuonAdamW(self.trained_module(), config.optimizer, config.steps)
         self.balancer = Balancer(self.model, config.balancing)
         self.step = 0
         self.tokens = self.supervised_tokens = 0
         self.seconds = 0.0
         self.last_metrics: dict[str, Metric] = {}
 
+    def open_data(self) -> tuple[Mixture, Batches]:
+        """The mixture of sources, and the micro-batches that are made of it."""
+        mixture = build_mixture(self.config.data, self.tokenizer, self.config.context_length)
+        batches = PackedBatches(
+            mixture, self.config.context_length, self.config.windows_per_batch, self.config.data.shard_examples
+        )
+        return mixture, batches
+
+    def trained_module(self) -> nn.Module:
+        """What the optimiser steps and checkpoints hold: the model, with a new head where there is one."""
+        return self.model
+
+    def num_supervised(self, batch: Batch) -> int:
+        """Tokens of a micro-batch that its loss is a sum over."""
+        return int(targets_of(batch)[1].sum())
+
+    def loss(self, hidden_BTD: Tensor, batch: Batch, *, scale: float) -> Tensor:
+        """``scale`` times the sum of the micro-batch's losses, a scalar, of the normed hidden states."""
+        targets_N, loss_mask_N = targets_of(batch)
+        return linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), self.model.head_weight, targets_N, loss_mask_N, scale=scale
+        )
+
+    def loss_metrics(self, mean_loss: float) -> dict[str, Metric]:
+        """What is logged of a step's loss, which is the mean over its supervised tokens."""
+        return {"loss/ce_nats": mean_loss}
+
     def train_step(self) -> dict[str, Metric]:
         """One optimiser step; returns its metrics."""
         started = time.perf_counter()
         self.step += 1
         micro_batches = [next(self.batches) for _ in range(self.config.accumulation)]
-        supervised = sum(int(targets_of(batch)[1].sum()) for batch in micro_batches)
+        supervised = sum(self.num_supervised(batch) for batch in micro_batches)
         tokens = sum(int((batch.document_ids >= 0).sum()) for batch in micro_batches)
         is_detailed = self.step % EXPERT_LOAD_EVERY == 0 or self.step in (1, self.config.steps)
 
@@ -138,7 +185,7 @@ class Trainer:
         self.seconds += seconds
         entropy_L = load_entropy(load_LX)
         metrics: dict[str, Metric] = {
-            "loss/ce_nats": mean_loss,
+            **self.loss_metrics(mean_loss),
             "train/tokens": self.tokens,
             "train/supervised_tokens": self.supervised_tokens,
             "route/load_entropy": entropy_L.tolist(),
@@ -158,15 +205,12 @@ class Trainer:
     def _forward_backward(
         self, batch: Batch, record: ForwardRecord, supervised: int, tokens: int
     ) -> tuple[float, Tensor]:
-        """Add one micro-batch's gradient; returns its part of the step's mean loss in nats and its load (L, X)."""
-        batch = Batch(*(tensor.to(self.config.device) for tensor in vars(batch).values()))
+        """Add one micro-batch's gradient; returns its part of the step's mean loss and its load (L, X)."""
+        batch = type(batch)(**{name: tensor.to(self.config.device) for name, tensor in vars(batch).items()})
         hidden_BTD = self.model.hidden_states(
             batch.tokens, document_ids=batch.document_ids, positions=batch.positions, record=record
         )
-        targets_N, loss_mask_N = targets_of(batch)
-        loss = linear_cross_entropy(
-            hidden_BTD.flatten(0, 1), self.model.head_weight, targets_N, loss_mask_N, scale=1 / max(1, supervised)
-        )
+        loss = self.loss(hidden_BTD, batch, scale=1 / max(1, supervised))
         is_token_N = batch.document_ids.reshape(-1) >= 0
         auxiliary = self.balancer.auxiliary_loss(record.routes, is_token_N)
         objective = loss if auxiliary is None else loss + auxiliary / max(1, tokens)
@@ -176,7 +220,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the rest of the run."""
         return {
-            "model": self.model.state_dict(),
+            "model": self.trained_module().state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "balancer": self.balancer.state_dict(),
             "data": self.batches.state_dict(),
@@ -190,7 +234,7 @@ class Trainer:
         state = load_latest(checkpoints)
         if state is None:
             return
-        self.model.load_state_dict(state["model"])
+        self.trained_module().load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.balancer.load_state_dict(state["balancer"])
         self.batches.load_state_dict(state["data"])
@@ -235,7 +279,7 @@ def stage_path(name: str, stages: Path, inside: str) -> Path | str:
     return stage if stage.is_dir() else name
 
 
-def _starting_model(choice: ModelChoice, stages: Path) -> Zaya:
+def starting_model(choice: ModelChoice, stages: Path) -> Zaya:
     if choice.start_from is None:
         return Zaya(preset(choice.preset).with_changes(**choice.changes), seed=choice.seed)
     model = hf.load(stage_path(choice.start_from, stages, "model"), dtype="float32")
@@ -262,7 +306,7 @@ def _tokenizer_path(config: TrainConfig, stages: Path) -> Path | str:
 
 
 @contextlib.contextmanager
-def _interruption() -> Iterator[list[int]]:
+def interruption() -> Iterator[list[int]]:
     """Collects the first SIGINT or SIGTERM; the next one takes its usual course."""
     received: list[int] = []
     previous: dict[int, Any] = {}

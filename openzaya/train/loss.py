@@ -120,3 +120,47 @@ def _block_cross_entropy(
     if d_head_VD is not None:
         torch.addmm(d_head_VD, logits_NV.T, hidden_ND, beta=1 if add else 0, out=d_head_VD)
     return losses_N
+
+
+def linear_token_logprobs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probability of each target and entropy of its distribution, both fp32 (N,) in nats, block by block.
+
+    The log probabilities carry a gradient, weighted freely for each token (policy losses); the entropies carry none.
+    Memory is one block of logits, which the backward pass makes again. Twin: ``log_softmax`` of all logits.
+    """
+    return _LinearTokenLogprobs.apply(hidden_ND, head_VD, targets_N)
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, head_VD, targets_N):  # type: ignore[no-untyped-def]
+        hidden, head = hidden_ND.float(), head_VD.float()
+        logprobs, entropies, normalisers = (hidden.new_empty(hidden.shape[0]) for _ in range(3))
+        for start, end in _logit_blocks(hidden, head):
+            logits_NV = hidden[start:end] @ head.T
+            normalisers[start:end] = logits_NV.logsumexp(dim=1)
+            logits_NV.sub_(normalisers[start:end, None])
+            logprobs[start:end] = logits_NV.gather(1, targets_N[start:end, None])[:, 0]
+            entropies[start:end] = -(logits_NV.exp() * logits_NV).sum(dim=1)
+        ctx.save_for_backward(hidden_ND, head_VD, targets_N, normalisers)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, d_logprobs_N: Tensor, _: Tensor):  # type: ignore[no-untyped-def]
+        hidden_ND, head_VD, targets_N, normalisers = ctx.saved_tensors
+        hidden, head = hidden_ND.float(), head_VD.float()
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for start, end in _logit_blocks(hidden, head):
+            weights_N1 = d_logprobs_N[start:end, None]
+            d_logits_NV = (hidden[start:end] @ head.T).sub_(normalisers[start:end, None]).exp_().mul_(-weights_N1)
+            d_logits_NV.scatter_add_(1, targets_N[start:end, None], weights_N1)
+            torch.mm(d_logits_NV, head, out=d_hidden[start:end])
+            d_head.addmm_(d_logits_NV.T, hidden[start:end])
+        return d_hidden.to(hidden_ND.dtype), d_head.to(head_VD.dtype), None
+
+
+def _logit_blocks(hidden_ND: Tensor, head_VD: Tensor) -> list[tuple[int, int]]:
+    """Bounds of the blocks that :data:`BLOCK_TOKENS` and :data:`BLOCK_BYTES` allow."""
+    return _blocks(hidden_ND.shape[0], max(1, min(BLOCK_TOKENS, BLOCK_BYTES // (4 * head_VD.shape[0]))))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from openzaya.data.preference_recipe import PreferenceConfig
 from openzaya.data.recipe import DataConfig
 from openzaya.model.balancing import BalancingConfig
 from openzaya.train.optim import OptimizerConfig
@@ -53,3 +54,17 @@ class TrainConfig(BaseModel):
     """A PyTorch device. Other devices than the CPU were not tried."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0 leaves PyTorch's choice. The same number gives the same bits."""
+
+
+class RewardModelConfig(TrainConfig):
+    """Training a reward model from preference pairs: the same phase with other data and another loss."""
+
+    kind: Literal["reward_model"] = "reward_model"  # type: ignore[assignment]
+    phase: str = "reward_model"
+    windows_per_batch: int = Field(16, ge=2)
+    """Most windows in one forward pass; both conversations of a pair are in the same one."""
+    data: PreferenceConfig  # type: ignore[assignment]
+    centring: float = Field(0.0, ge=0)
+    """Weight of (chosen + rejected score)^2 in the loss, which keeps scores around 0."""
+    evaluate_every: int = Field(50, ge=1)
+    """Steps between measurements on the held-out pairs; the last step is always one."""

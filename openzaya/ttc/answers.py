@@ -7,7 +7,7 @@
 
 Only an answer after a closed reasoning counts; of a long one the beginning and a hash are kept. Mathematical answers
 are brought to one spelling (numbers by value, fractions, units and typography removed); where the package math-verify
-is installed, answers that are spelled differently are compared by it as well (math_equality.py).
+is installed, answers that are spelled differently are compared by it as well (openzaya/environments/math_equality.py).
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ import hashlib
 import random
 import re
 from collections.abc import Hashable, Sequence
-from fractions import Fraction
 
 from openzaya.data.aggregation import TaskKind
+from openzaya.environments import math_equality
 from openzaya.errors import RSAError
+from openzaya.problems.math_answers import last_boxed, normalise_math
 from openzaya.problems.verify import normalise_answer, split_response
-from openzaya.ttc import math_equality
 from openzaya.ttc.completer import Rollout
 from openzaya.ttc.config import Select
 from openzaya.ttc.results import Candidate
 
-MAX_NUMBER_DIGITS = 200
-"""A longer number is compared as text: its value would take long to work out."""
 MAX_ANSWER_LENGTH = 500
 """Characters of an answer that are kept as they are."""
 MAX_PAIRS = 200
@@ -142,24 +140,8 @@ def check_answer(response: str, gold: str | float | Sequence[str], task: TaskKin
 
 
 # Runs of blanks and signs are bounded in all patterns: a model that repeats itself writes very long ones.
-_BRACE = re.compile(r"\\f?boxed\s{0,8}\{|\\fbox\s{0,8}\{|\\[\\{}]|[{}]")
 _ANSWER_IS = re.compile(r"\banswer[ \t*]{0,8}(?:is|:|=)[\s*:]{0,8}([^\s*][^\n]*)", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s{0,4}/\s{0,4}\d+)?")
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last ``\\boxed{...}`` or ``\\fbox{...}`` whose braces balance."""
-    opened: list[int | None] = []  # where a box's content begins; None for other braces
-    last: tuple[int, int] | None = None
-    for found in _BRACE.finditer(text):
-        sign = found.group()
-        if sign == "}":
-            start = opened.pop() if opened else None
-            if start is not None and (last is None or start > last[0]):
-                last = start, found.start()
-        elif sign[-1] == "{" and sign != r"\{":
-            opened.append(found.end() if "box" in sign else None)
-    return None if last is None else text[last[0] : last[1]].strip()
 
 
 def _unboxed(text: str) -> str:
@@ -211,53 +193,3 @@ def _code(text: str) -> str:
     code = blocks[-1][1] if blocks else text
     lines = [line.rstrip() for line in code.expandtabs(4).splitlines()]
     return "\n".join(line for line in lines if line)
-
-
-# --- one spelling ---------------------------------------------------------------------------------
-
-_TYPOGRAPHY = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\[!,;:> ]|\\(?:quad|qquad)(?![A-Za-z])|~"
-)
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
-_UNIT = re.compile(r"(?<=\d)(?:\^\{?\\circ\}?|\\degree|°|\\?%)$")
-_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-_VALUE = re.compile(r"([+-]?)(\d+)(?:\.(\d*))?(?:/(\d+))?|([+-]?)\.(\d+)")
-
-
-def normalise_math(text: str) -> str:
-    """One spelling of a mathematical answer: ``"x = \\dfrac{1}{2}."``, ``"0.50"`` and ``"1/2"`` all give ``1/2``."""
-    text = text.strip().strip("*").strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        if text.startswith(opening) and text.rstrip(".").endswith(closing) and len(text) > len(opening):
-            text = text.rstrip(".").removeprefix(opening).removesuffix(closing)
-    text = _TYPOGRAPHY.sub("", text.replace("−", "-").replace(r"\$", "").lstrip("$"))
-    text = _WRAPPED.sub(r" \1 ", text)
-    text = re.sub(r"\s+", "", text).rstrip(".,;")
-    text = re.sub(r"^(?:[A-Za-z](?:\([a-z]\))?)?=", "", text)
-    text = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))", "", text) if _has_only_thousands(text) else text
-    text = _UNIT.sub("", text)
-    text = _FRACTION.sub(_slashed, text)
-    text = re.sub(r"^(-?\d[\d./]*)(?:[A-Za-z]{2,}(?:\^\{?\d\}?)?)$", r"\1", text)  # 12cm, 5units
-    return _valued(text)
-
-
-def _has_only_thousands(text: str) -> bool:
-    """Whether commas separate thousands: in ``(1,234)`` or ``1,2`` they may separate entries."""
-    return re.fullmatch(r"[^\d(\[{]*\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?[^\d,]*", text) is not None
-
-
-def _slashed(found: re.Match[str]) -> str:
-    above, below = found.group(1) or found.group(2) or "", found.group(3) or found.group(4) or ""
-    return "/".join(part if re.fullmatch(r"\w+", part) else f"({part})" for part in (above, below))
-
-
-def _valued(text: str) -> str:
-    """A plain number by its value."""
-    found = _VALUE.fullmatch(text)
-    if found is None or len(text) > MAX_NUMBER_DIGITS or "/0" in text:
-        return text
-    sign, whole, decimals, below, bare_sign, bare_decimals = found.groups(default="")
-    if bare_decimals:
-        sign, whole, decimals = bare_sign, "0", bare_decimals
-    value = Fraction(int(whole + decimals), 10 ** len(decimals)) / int(below or 1)
-    return str(-value if sign == "-" else value)

@@ -10,7 +10,17 @@ import pytest
 
 from openzaya.errors import DataError
 from openzaya.eval import benchmarks
-from openzaya.eval.benchmarks import Answered, EvalConfig, draw_problems, evaluate, judge, keep_samples, summarise
+from openzaya.eval.benchmarks import (
+    Answered,
+    EvalConfig,
+    answer,
+    draw_problems,
+    evaluate,
+    judge,
+    keep_samples,
+    score,
+    summarise,
+)
 from openzaya.eval.plots_evaluation import never_trained_families
 from openzaya.eval.report import write_report
 from openzaya.infer.generate import Completion
@@ -70,6 +80,18 @@ def test_greedy_average_pass_and_majority_on_scripted_answers() -> None:
     assert (cell["n"], cell["truncated"]) == (3, pytest.approx(2 / 12))
     assert cell["avg"] == group["avg_at_k"][0] and cell["pass_k"] == group["pass_at_k"][0]
     assert result["generated_tokens"] == 15 and result["no_verdict"] == 0
+
+
+def test_the_score_of_a_problem() -> None:
+    p = problem(0)
+    item = answered(p, right(p), [WRONG, right(p), right(p), WRONG], cut=(0,))
+    item.samples[1].tokens.extend([0] * 9)
+    item.samples[2].tokens.extend([0] * 3)
+    found = score(item)
+    assert (found.greedy, found.average, found.passed, found.truncated) == (1.0, 0.5, 1.0, 0.25)
+    assert found.majority == 0.0, "the earlier of two answers wins the tie"
+    assert found.right_tokens == (10 + 4) / 2 and found.num_tokens == 5 + 12 and found.num_no_verdict == 0
+    assert score(answered(p, WRONG, [WRONG])).right_tokens is None
 
 
 def test_the_majority_counts_answers_only() -> None:
@@ -173,6 +195,16 @@ def test_a_model_is_evaluated_the_same_way_twice(evaluated) -> None:
     assert result["groups"]["all"]["n"] == 6 and result["groups"]["never_trained"]["n"] == 6
     # Six tokens never hold an answer with its reasoning.
     assert result["groups"]["all"]["truncation_rate"] > 0.9
+
+
+def test_parts_of_an_evaluation_give_what_the_whole_gives(evaluated) -> None:
+    *_, config = evaluated
+    model, tokenizer = Zaya(miniature.config(max_position_embeddings=1024), seed=0), miniature.tokenizer()
+    problems = draw_problems(config)[:5]
+    whole = answer(model, tokenizer, problems, config)
+    parts = answer(model, tokenizer, problems[:2], config) + answer(model, tokenizer, problems[2:], config, first=2)
+    assert parts == whole
+    assert answer(model, tokenizer, problems[2:], config) != whole[2:], "the seeds follow from the problem's number"
 
 
 def test_eval_json_is_what_the_report_reads(evaluated, tmp_path: Path) -> None:

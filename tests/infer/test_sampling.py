@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from openzaya.infer import sampling
 from openzaya.infer.sampling import (
-    SORTED_AT_ONCE,
     SamplingParams,
     UniformStream,
     draw,
+    logprobs_on_cpu,
     probabilities,
     uniforms,
 )
+from openzaya.kernels import build
 
 
 def plain_probabilities(logits: list[float], params: SamplingParams) -> list[float]:
@@ -178,16 +178,12 @@ def shaped_logits(shape: str, vocab: int, generator: torch.Generator) -> torch.T
 
 
 @pytest.mark.parametrize("shape", ["peaked", "flat", "equal", "ties", "masked"])
-@pytest.mark.parametrize("vocab", [50, SORTED_AT_ONCE - 1, 3 * SORTED_AT_ONCE])
-@pytest.mark.parametrize("is_together", [True, False])
-def test_the_fast_draw_keeps_the_tokens_that_the_plain_form_keeps(
-    shape: str, vocab: int, is_together: bool, monkeypatch
-) -> None:
-    monkeypatch.setattr(sampling, "SMALL_VOCABULARY", vocab if is_together else 0)
+@pytest.mark.parametrize("vocab", [7, 50, 2047, 6144])
+def test_the_fast_draw_keeps_the_tokens_that_the_plain_form_keeps(shape: str, vocab: int) -> None:
     generator = torch.Generator().manual_seed(vocab)
     logits = shaped_logits(shape, vocab, generator)[None]
     filters = [
-        *({"top_p": top_p} for top_p in (0.02, 0.5, 0.95, 0.9999)),
+        *({"top_p": top_p} for top_p in (1e-6, 0.02, 0.3, 0.5, 0.95, 0.999, 0.9999)),
         {"top_p": 0.9, "top_k": 9},
         {"top_p": 0.9, "top_k": vocab - 3, "temperature": 3.0},
         {"top_p": 1, "top_k": vocab // 2},
@@ -218,15 +214,44 @@ def test_the_fast_draw_keeps_the_tokens_that_the_plain_form_keeps(
 
 
 @pytest.mark.parametrize("shape", ["peaked", "flat", "equal", "ties", "masked"])
-@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 0.999])
-def test_the_nucleus_is_the_plain_forms(shape: str, top_p: float) -> None:
+@pytest.mark.parametrize("setting", [{"top_p": 0.3}, {"top_p": 0.95}, {"top_p": 1, "top_k": 40}, {"top_p": 1}], ids=str)
+def test_a_number_in_the_middle_of_a_share_draws_its_token(shape: str, setting: dict) -> None:
     generator = torch.Generator().manual_seed(5)
-    for vocab in (7, 3 * SORTED_AT_ONCE):
-        logits = shaped_logits(shape, vocab, generator)
+    for vocab in (7, 1024):
+        logits, params = shaped_logits(shape, vocab, generator), SamplingParams(**setting)
         if not bool(logits.isfinite().any()):
             continue
-        kept = probabilities(logits[None], SamplingParams(top_p=top_p))[0].nonzero()[:, 0]
-        assert sampling._nucleus(logits.softmax(0).numpy(), top_p).nonzero()[0].tolist() == kept.tolist()
+        shares = probabilities(logits[None], params)[0]
+        wide = shares.double()
+        middles = (wide.cumsum(0) - wide / 2) / wide.sum()
+        tokens = (shares > 1e-4).nonzero()[:, 0]
+        drawn = draw(logits.expand(len(tokens), -1), params, middles[tokens].float())
+        assert drawn.tolist() == tokens.tolist()
+
+
+def test_logprobs_are_the_log_softmax_of_each_row_alone() -> None:
+    generator = torch.Generator().manual_seed(6)
+    for vocab in (1, 15, 1024, 5000):
+        logits = 4 * torch.randn(20, vocab, generator=generator)
+        logits[0, 0], logits[1, : vocab // 2] = 80.0, -math.inf
+        tokens = torch.randint(vocab // 2, vocab, (20,), generator=generator).tolist()
+        found = logprobs_on_cpu(logits, tokens)
+        wanted = logits.double().log_softmax(1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found).double(), wanted, atol=1e-6, rtol=1e-6)
+        assert found == [logprobs_on_cpu(logits[row : row + 1], tokens[row : row + 1])[0] for row in range(20)]
+    broken = torch.tensor([[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]])
+    assert all(map(math.isnan, logprobs_on_cpu(broken, [0, 0, 0])))
+
+
+def test_without_kernels_the_plain_form_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = distinct_logits(len(SETTINGS), 12, 8) / 4
+    rows = [SamplingParams(**setting) for setting in SETTINGS]
+    uniform = torch.rand(len(rows), generator=torch.Generator().manual_seed(1))
+    tokens = draw(logits, rows, uniform)
+    logprobs = logprobs_on_cpu(logits, tokens.tolist())
+    monkeypatch.setattr(build, "inference", lambda: build.Loaded(None))
+    assert torch.equal(draw(logits, rows, uniform), tokens)
+    assert logprobs_on_cpu(logits, tokens.tolist()) == pytest.approx(logprobs, abs=1e-6)
 
 
 def test_many_rows_are_drawn_as_each_alone() -> None:

@@ -18,7 +18,7 @@ from openzaya.kernels.host import LARGE_PAGE_BYTES
 from openzaya.model import hf, hf_files, hf_quantised
 from openzaya.model.quantised import QuantisedMatrix, quantise_model
 from openzaya.model.transformer import Zaya
-from openzaya.train.loop import _starting_model
+from openzaya.train.loop import starting_model
 from openzaya.train.recipe import ModelChoice
 from tests.model.hf_miniatures import MINI
 from tests.model.test_hf_memory import MEDIUM, peak_bytes, weight_bytes, write_random
@@ -171,7 +171,7 @@ def test_a_quantised_model_does_not_train(quantised):
     with pytest.raises(RuntimeError, match="does not require grad"):
         model(TOKENS).sum().backward()
     with pytest.raises(ConfigError, match="original weights"):
-        _starting_model(ModelChoice(start_from=str(quantised)), quantised.parent)
+        starting_model(ModelChoice(start_from=str(quantised)), quantised.parent)
 
 
 # --- refusals ---------------------------------------------------------------------------------------

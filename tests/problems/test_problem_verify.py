@@ -21,8 +21,8 @@ def test_hostile_responses_earn_nothing(problem: Problem) -> None:
     family = get_family(problem.family)
     solution = family.solve(problem)
     trace, answer = solution.trace, solution.answer
-    other = family.solve(make_problem(problem.family, problem.difficulty, 0, 1, "train")).answer
-    assert other != answer
+    others = (make_problem(problem.family, problem.difficulty, 0, index, "train") for index in range(1, 9))
+    other = next(found for found in (family.solve(one).answer for one in others) if found != answer)
     for response in (
         "",
         "   \n",
@@ -41,7 +41,7 @@ def test_hostile_responses_earn_nothing(problem: Problem) -> None:
         f"{answer}.",
         f"The answer is {answer}",
         f"{answer} (final)",
-        f"{answer}0",
+        f"{answer}7",
         f"1{answer}",
         answer[:-1],
         answer[1:],
@@ -115,7 +115,7 @@ def test_failure_of_the_verifier_is_no_verdict(name: str) -> None:
     for broken in (
         dataclasses.replace(problem, data=()),
         dataclasses.replace(problem, data=(None, None, None, None)),
-        dataclasses.replace(problem, family="gcd"),
+        dataclasses.replace(problem, family="no_such_family"),
     ):
         assert family.verify(broken, "1").reward is None
     assert family.verify(problem, None).reward is None  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def setting(seed=0):
     logprobs = logits.log_softmax(-1).gather(-1, tokens)[..., 0]
     sampler = (logprobs + 0.4 * torch.randn(4, 6, generator=generator, dtype=torch.float64)).detach().clamp(max=0)
     mask = torch.rand(4, 6, generator=generator) > 0.3
-    advantages = torch.randn(4, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(4, 1, generator=generator, dtype=torch.float64)
     return logits, tokens, logprobs, sampler, mask, advantages
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openzaya.environments import math_equality
 from openzaya.errors import RSAError
 from openzaya.ttc import answers as answers_module
-from openzaya.ttc import math_equality
 from openzaya.ttc.answers import (
     answer_of,
     check_answer,

@@ -5,6 +5,7 @@
 
 #include <omp.h>
 
+#include "cpu/draw.hpp"
 #include "cpu/step.hpp"
 
 using namespace oz;
@@ -57,6 +58,21 @@ int64_t cpu_step(int threads, const Model* model, const Memory* memory, const Wo
     const Context context{*model, *memory, *work, plan, buffers};
     with_team(threads, [&](const Team& team) { run(context, team); });
     return 0;
+}
+
+
+// A token for each row of logits (rows, vocabulary).
+void cpu_draw(int threads, int64_t rows, int64_t vocabulary, const float* logits, const Drawing* drawings, int64_t* tokens) {
+    with_team(threads, [&](const Team& team) {
+        team.each(rows, [&](int64_t i) { tokens[i] = draw_row(logits + i * vocabulary, vocabulary, drawings[i]); });
+    });
+}
+
+// The log-probability of one token of each row.
+void cpu_logprobs(int threads, int64_t rows, int64_t vocabulary, const float* logits, const int64_t* tokens, float* logprobs) {
+    with_team(threads, [&](const Team& team) {
+        team.each(rows, [&](int64_t i) { logprobs[i] = logprob_row(logits + i * vocabulary, vocabulary, tokens[i]); });
+    });
 }
 
 // y (tokens, rows) = x (tokens, columns) W^T of one matrix of a stack, for tests.

@@ -30,10 +30,16 @@ struct Gathered {
     float *largest, *total, *values;
 };
 
+// Where one head of one block begins.
+struct HeadBlock {
+    const uint8_t *keys, *values;
+};
+
 struct CacheHead {  // one head of one layer: strides between blocks in bytes and floats
     const uint8_t *keys, *values;
     const float *key_scales, *value_scales;
     int64_t block_bytes, block_scales;
+    HeadBlock block(int64_t block) const { return {keys + block * block_bytes, values + block * block_bytes}; }
 };
 
 template <int64_t FORMAT>
@@ -104,7 +110,7 @@ struct Query {
 
 // One block for R queries, added to the running maximum and sums in `to`. FETCH: the block `next` is asked for meanwhile.
 template <int64_t FORMAT, int R, bool FETCH>
-void attend_block(const CacheHead& cache, int64_t block, int64_t next, int64_t first_key, int64_t head_dim, Query* query) {
+void attend_block(const CacheHead& cache, int64_t block, HeadBlock next, int64_t first_key, int64_t head_dim, Query* query) {
     using K = Kind<FORMAT>;
     constexpr int N = BLOCK_TOKENS / LANES;
     const int64_t width = padded_head(head_dim), steps = width / K::PER_LANE;
@@ -117,7 +123,7 @@ void attend_block(const CacheHead& cache, int64_t block, int64_t next, int64_t f
             else sums[r][n] = K::zero();
         }
     }
-    Ahead keys{cache.keys + next * cache.block_bytes}, values{cache.values + next * cache.block_bytes};
+    Ahead keys{next.keys}, values{next.values};
     lines_times_words<FORMAT, true, R, N, FETCH * N>(cache.keys + block * cache.block_bytes, N * 64, steps, keys, words, sums);
 
     // What was gathered shrinks where a larger score is found; `share` is what the products with the values count.
@@ -182,16 +188,19 @@ void attend_block(const CacheHead& cache, int64_t block, int64_t next, int64_t f
             at += C;
         };
         if (at + 4 <= width / LANES) columns(std::integral_constant<int, 4>());
+        else if (at + 2 <= width / LANES) columns(std::integral_constant<int, 2>());
         else columns(std::integral_constant<int, 1>());
     }
 }
 
-// A run of blocks for any number of queries; `table` is the sequence's page table.
+// A run of blocks for any number of queries; `table` is the sequence's page table, `after` the block that will be read
+// next.
 template <int64_t FORMAT>
 void attend_blocks(const CacheHead& cache, const int32_t* table, int64_t begin, int64_t end, int64_t head_dim,
-                   Query* queries, int64_t count) {
+                   Query* queries, int64_t count, HeadBlock after) {
     for (int64_t page = begin; page < end; page++) {
-        const int64_t key = page * BLOCK_TOKENS, block = table[page], next = page + 1 < end ? table[page + 1] : block;
+        const int64_t key = page * BLOCK_TOKENS, block = table[page];
+        const HeadBlock next = page + 1 < end ? cache.block(table[page + 1]) : after;
         int64_t i = 0;
         auto attend = [&](auto rows) {
             constexpr int R = decltype(rows)::value;
@@ -200,6 +209,7 @@ void attend_blocks(const CacheHead& cache, const int32_t* table, int64_t begin, 
             i += R;
         };
         while (i + QUERIES <= count) attend(std::integral_constant<int, QUERIES>());
+        while (i + 2 <= count) attend(std::integral_constant<int, 2>());
         while (i < count) attend(std::integral_constant<int, 1>());
     }
 }

@@ -165,16 +165,32 @@ inline Gathered part_of(const Context& s, int64_t part, int64_t head) {
     return {s.b.part_largest + at, s.b.part_total + at, s.b.part_values + at * width};
 }
 
+inline CacheHead cache_head(const Context& s, int64_t index, int64_t head) {
+    const int64_t zero = s.cached_head(index, 0, head);
+    return {s.memory.keys + zero * s.head_bytes(), s.memory.values + zero * s.head_bytes(),
+            s.memory.key_scales ? s.memory.key_scales + zero * BLOCK_TOKENS : nullptr,
+            s.memory.value_scales ? s.memory.value_scales + zero * BLOCK_TOKENS : nullptr,
+            s.m.key_heads * s.head_bytes(), s.m.key_heads * BLOCK_TOKENS};
+}
+
+inline int64_t first_key(const Layer& layer, int64_t position) {
+    return layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
+}
+
+// The block that a piece reads first.
+inline HeadBlock first_block(const Context& s, const Layer& layer, int64_t index, const Piece& piece) {
+    const int64_t first = first_key(layer, s.position(piece.token)) / BLOCK_TOKENS;
+    const int64_t page = std::max<int64_t>(first, piece.segment * SEGMENT);
+    return cache_head(s, index, piece.head).block(s.w.sequence[piece.sequence].blocks[page]);
+}
+
+// `following`: the piece that this thread will probably take next.
 template <int64_t FORMAT>
-void attend_piece(const Context& s, const Layer& layer, int64_t index, const Piece& piece) {
+void attend_piece(const Context& s, const Layer& layer, int64_t index, const Piece& piece, const Piece& following) {
     const Model& m = s.m;
     const Sequence& q = s.w.sequence[piece.sequence];
     const int64_t group = m.query_heads / m.key_heads, width = padded_head(m.head_dim), count = piece.count * group;
-    const int64_t zero = s.cached_head(index, 0, piece.head);
-    const CacheHead cache{s.memory.keys + zero * s.head_bytes(), s.memory.values + zero * s.head_bytes(),
-                          s.memory.key_scales ? s.memory.key_scales + zero * BLOCK_TOKENS : nullptr,
-                          s.memory.value_scales ? s.memory.value_scales + zero * BLOCK_TOKENS : nullptr,
-                          m.key_heads * s.head_bytes(), m.key_heads * BLOCK_TOKENS};
+    const CacheHead cache = cache_head(s, index, piece.head);
     static thread_local std::vector<Query> queries;
     static thread_local std::vector<float> room;
     queries.resize(size_t(count));
@@ -183,7 +199,7 @@ void attend_piece(const Context& s, const Layer& layer, int64_t index, const Pie
     for (int64_t i = 0; i < count; i++) {
         const int64_t token = piece.token + i / group, head = piece.head * group + i % group;
         const int64_t at = token * m.query_heads + head, position = s.position(token);
-        const int64_t from = layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
+        const int64_t from = first_key(layer, position);
         const bool is_part = piece.segment >= 0;
         Gathered to = is_part ? part_of(s, s.plan.first_part[size_t(piece.sequence)] + piece.segment, head)
                               : Gathered{&room[size_t(i * 2)], &room[size_t(i * 2 + 1)], &room[size_t(count * 2 + i * width)]};
@@ -197,17 +213,23 @@ void attend_piece(const Context& s, const Layer& layer, int64_t index, const Pie
     for (int64_t segment = begin; segment < end; segment++) {
         for (const Query& query : queries) clear(query.to, width);
         const int64_t low = std::max(segment * SEGMENT, first / BLOCK_TOKENS), high = std::min(blocks, (segment + 1) * SEGMENT);
-        attend_blocks<FORMAT>(cache, q.blocks, low, high, m.head_dim, queries.data(), count);
+        const HeadBlock after = segment + 1 < end ? cache.block(q.blocks[high]) : first_block(s, layer, index, following);
+        attend_blocks<FORMAT>(cache, q.blocks, low, high, m.head_dim, queries.data(), count, after);
         if (piece.segment < 0)
             for (int64_t i = 0; i < count; i++)
                 join(gathered(s, piece.token + i / group, piece.head * group + i % group), queries[size_t(i)].to, width);
     }
 }
 
-inline void attend(const Context& s, const Layer& layer, int64_t index, const Piece& piece) {
-    if (s.memory.format == FLOAT32) attend_piece<FLOAT32>(s, layer, index, piece);
-    else if (s.memory.format == BFLOAT16) attend_piece<BFLOAT16>(s, layer, index, piece);
-    else attend_piece<INT8>(s, layer, index, piece);
+// The pieces are taken in order, so a thread's next one is as far behind this one as there are threads.
+inline void attend(const Context& s, const Team& team, const Layer& layer, int64_t index) {
+    const std::vector<Piece>& pieces = s.plan.pieces;
+    team.each(int64_t(pieces.size()), [&](int64_t i) {
+        const Piece &piece = pieces[size_t(i)], &following = pieces[std::min(size_t(i + team.size), pieces.size() - 1)];
+        if (s.memory.format == FLOAT32) attend_piece<FLOAT32>(s, layer, index, piece, following);
+        else if (s.memory.format == BFLOAT16) attend_piece<BFLOAT16>(s, layer, index, piece, following);
+        else attend_piece<INT8>(s, layer, index, piece, following);
+    });
 }
 
 // Join the parts where there are some, divide by the sum of weights, and make it the output matrix's operand.

@@ -55,7 +55,10 @@ inline void float_tile(const uint8_t* const* x, const uint8_t* w, int64_t row_by
     int64_t at = 0;
 #pragma GCC unroll 4
     for (; at <= row_bytes - 64; at += 64) {
-        for (int r = 0; r < R; r++) rows[r] = line(w + r * row_bytes + at);
+        for (int r = 0; r < R; r++) {
+            __builtin_prefetch(w + r * row_bytes + at + PREFETCH_BYTES);
+            rows[r] = line(w + r * row_bytes + at);
+        }
         add(rows, at);
     }
     if (at < row_bytes) {
@@ -78,11 +81,12 @@ void float_product(const Matrix& w, int64_t expert, const uint8_t* x, int64_t x_
     const int64_t row_bytes = w.columns * (PAIRS ? 2 : 4);
     const uint8_t* weights = w.data + expert * w.stride;
     for (int64_t begin = 0; begin < tokens.count; begin += TOKENS_IN_CACHE) {
-        int64_t end = begin + TOKENS_IN_CACHE < tokens.count ? begin + TOKENS_IN_CACHE : tokens.count;
+        const int64_t end = std::min(begin + TOKENS_IN_CACHE, tokens.count), tiles = (end - begin + TOKENS - 1) / TOKENS;
         for (int64_t row = rows.begin; row < rows.end;) {
             const bool whole = row + ROWS <= rows.end;
-            for (int64_t token = begin; token < end; token += TOKENS) {
-                int count = int(end - token < TOKENS ? end - token : TOKENS);
+            // Tiles of nearly one size: small ones load their weights more than they multiply.
+            for (int64_t tile = 0, token = begin; tile < tiles; tile++) {
+                const int count = int((end - token + tiles - tile - 1) / (tiles - tile));
                 const uint8_t* from[TOKENS];
                 float* to[TOKENS];
                 for (int t = 0; t < count; t++) {
@@ -90,8 +94,10 @@ void float_product(const Matrix& w, int64_t expert, const uint8_t* x, int64_t x_
                     to[t] = out.data + tokens.output(token + t) * out.stride + row;
                     __builtin_prefetch(to[t], 1);
                 }
-                if (whole) float_tiles<PAIRS, ROWS>(count, from, weights + row * row_bytes, row_bytes, to);
-                else float_tiles<PAIRS, 1>(count, from, weights + row * row_bytes, row_bytes, to);
+                const uint8_t* at = weights + row * row_bytes;
+                if (whole) float_tiles<PAIRS, ROWS>(count, from, at, row_bytes, to);
+                else float_tiles<PAIRS, 1>(count, from, at, row_bytes, to);
+                token += count;
             }
             row += whole ? ROWS : 1;
         }

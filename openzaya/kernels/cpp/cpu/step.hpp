@@ -37,7 +37,7 @@ inline void run_attention(const Context& s, const Team& team, const Layer& layer
     team.wait();
     mix(s, team, layer, index);
     team.wait();
-    team.each(int64_t(s.plan.pieces.size()), [&](int64_t i) { attend(s, layer, index, s.plan.pieces[size_t(i)]); });
+    attend(s, team, layer, index);
     team.wait();
     for (int64_t t = own.begin; t < own.end; t++) finish_attention(s, t);
     for (int64_t i = team.index; i < s.w.sequences; i += team.size) keep_states(s, index, s.w.sequence[i]);

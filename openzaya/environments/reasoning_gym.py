@@ -1,0 +1,157 @@
+"""The data sets of reasoning-gym as environments ``reasoning-gym/NAME`` (package ``reasoning-gym``, arXiv 2505.24760).
+
+Difficulty d sets every attribute of a data set's curriculum to level min(d, its highest); a data set without a
+curriculum sets the same tasks at any difficulty. Many of its scorers give points for any text, so a reward is 1 only
+for a full score. The answer is all text after ``</think>``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from openzaya.environments.base import Environment
+from openzaya.environments.generated import GeneratedEnvironment, GeneratedService
+from openzaya.environments.names import choose_names
+from openzaya.environments.worker import Worker, WorkerFailure
+from openzaya.errors import DataError
+
+PREFIX = "reasoning-gym"
+WITHOUT_TASKS = ("composite",)
+"""Mixes other data sets, and has no tasks without being told which."""
+_SIZES = (2**30, 2_000, 50)
+_COMMAS_MATTER = ("polynomial_equations",)
+_COMPARED_HERE = ("game_of_life_halting",)
+"""Their scorers take any text for right: the answer must be the library's own, up to case and blanks."""
+_ALTERNATIVES = re.compile(r"\b(?:or|and|either)\b|\|\||&&", re.IGNORECASE)
+
+
+class ReasoningGymSpec(BaseModel):
+    """Recipe entry of data sets of reasoning-gym."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    names: list[str] = ["*"]
+    """Data sets; ``*`` and ``?`` stand for any letters."""
+    exclude: list[str] = []
+    seed: int = 0
+
+    def make(self) -> list[Environment]:
+        return reasoning_gym_environments(self.names, exclude=self.exclude, seed=self.seed)
+
+
+def reasoning_gym_environments(
+    names: Sequence[str] = ("*",), *, exclude: Sequence[str] = (), seed: int = 0
+) -> list[Environment]:
+    """The data sets that ``names`` name and ``exclude`` does not; they share one worker process.
+
+    Raises:
+        DataError: reasoning-gym is not installed, or has no such data set.
+    """
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise DataError(
+            "environments of kind 'reasoning_gym' need the package reasoning-gym, which is not installed; "
+            "install the extra: pip install 'openzaya[environments]'"
+        )
+    worker = Worker("openzaya.environments.reasoning_gym:Service", {"seed": seed})
+    try:
+        known = worker.call("names", timeout_s=1.0)
+        chosen = choose_names(names, known, exclude=exclude, what="data set of reasoning-gym")
+        return [GeneratedEnvironment(PREFIX, name, worker) for name in chosen]
+    except WorkerFailure as failure:
+        raise DataError(f"reasoning-gym does not run: {failure}; install it again") from None
+    finally:
+        worker.close()
+
+
+class Service(GeneratedService):
+    """Runs in the worker process."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        import reasoning_gym.factory
+
+        self._names = [name for name in reasoning_gym.factory.DATASETS if name not in WITHOUT_TASKS]
+        self._sets: dict[tuple[str, int], tuple[Any, int]] = {}
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def _set(self, name: str, level: int) -> Any:
+        """The data set of a level; level -1 is its default configuration."""
+        from reasoning_gym.factory import DATASETS
+
+        if (name, level) not in self._sets:
+            failure: Exception | None = None
+            # A few data sets refuse to be large.
+            for size in _SIZES:
+                options = {"seed": self.seed_of(name, level, 0), "size": size}
+                try:
+                    made = DATASETS[name]
+                    configuration = made[1](**options) if level < 0 else _configuration(name, level, options)
+                    configuration.validate()
+                    self._sets[name, level] = made[0](configuration), size
+                    break
+                except (AssertionError, ValueError) as error:
+                    failure = error
+            else:
+                raise failure or ValueError(name)
+        return self._sets[name, level]
+
+    def _make(self, name: str, difficulty: int, number: int) -> tuple[str, Any]:
+        from reasoning_gym.factory import CURRICULA
+
+        highest = -1
+        if name in CURRICULA:
+            attributes = CURRICULA[name]().attributes.values()
+            highest = min(difficulty, max(len(attribute.levels) for attribute in attributes) - 1)
+        # Some curricula have levels that their own data sets refuse or cannot fill: then the next lower one is set.
+        for level in range(highest, -2, -1):
+            try:
+                data_set, size = self._set(name, level)
+                entry = data_set[number % size]
+            except (AssertionError, ValueError, IndexError):
+                if level < 0:
+                    raise
+                continue
+            return entry["question"], (data_set, entry)
+        raise AssertionError(name)
+
+    def _score(self, name: str, made: Any, answer: str) -> float:
+        data_set, entry = made
+        gold = entry["answer"]
+        if isinstance(gold, str) and _offers_several(answer, gold, name in _COMMAS_MATTER):
+            return 0.0
+        if name in _COMPARED_HERE:
+            return float(answer.casefold().split() == gold.casefold().split())
+        return data_set.score_answer(answer, entry)
+
+    def gold(self, name: str, difficulty: int, number: int) -> str | None:
+        """The library's own answer; None where it has none."""
+        return self._find(name, difficulty, number)[1][1]["answer"]
+
+
+def _configuration(name: str, level: int, options: dict[str, Any]) -> Any:
+    from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
+    from reasoning_gym.factory import create_curriculum
+
+    curriculum = create_curriculum(name)
+    curriculum.set_global_level(level)
+    context = DefaultCurriculumContext(mode=RangeAttributeMode.UPPER_BOUND)
+    return curriculum.generate_configuration(options, context)
+
+
+def _offers_several(answer: str, gold: str, commas_matter: bool) -> bool:
+    """Whether an answer holds more than the right one: some scorers pick the best, or stop reading early."""
+    gold = gold.strip()
+    if ("\n" in answer and "\n" not in gold) or (commas_matter and answer.count(",") > gold.count(",")):
+        return True
+    if _ALTERNATIVES.search(answer) and not _ALTERNATIVES.search(gold):
+        return True
+    words, wanted = f" {' '.join(answer.split())} ", f" {' '.join(gold.split())} "
+    return wanted in words and wanted != words

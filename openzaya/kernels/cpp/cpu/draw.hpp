@@ -1,0 +1,194 @@
+// From logits to tokens: openzaya/infer/sampling.py says how, `probabilities` there is the plain twin.
+//
+// A row's weights are e^((x - largest) / temperature). A token is kept or becomes zero: top-k keeps what is not smaller
+// than the k-th largest, top-p the smallest set of largest weights that holds its share, min-p what is not below a share
+// of the largest. The border of top-p is found without sorting: what lies above a pivot is summed, and the search goes
+// on in the part where the share is reached. The token is where the running sum passes the uniform number's share.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <vector>
+
+#include "activations.hpp"
+
+namespace oz {
+
+// A row's settings; temperature 0 is greedy. All fields are 8 bytes wide, as in the array that Python passes.
+struct Drawing {
+    double temperature, top_k, top_p, min_p, uniform;
+};
+
+constexpr int64_t PIECE = 64;
+constexpr int64_t FEW_ENOUGH_TO_SORT = 48;
+constexpr float SMALLEST_TEMPERATURE = 1e-30f;
+constexpr float SMALLEST_EXPONENT = -87.0f;  // below it a weight is zero
+
+// No number counts as impossible, +inf as the largest number; where all are impossible they count alike. A draw always
+// succeeds.
+inline float usable(float x) { return !(x == x) ? -INFINITY : x > FLT_MAX ? FLT_MAX : x; }
+
+// The sum of 64 numbers or more is that of pieces of 64 in single precision, for speed, added in double precision.
+inline double mass(const float* x, int64_t n) {
+    double total = 0;
+    int64_t i = 0;
+    for (; i + PIECE <= n; i += PIECE)
+        total += double(sum((load(x + i) + load(x + i + 16)) + (load(x + i + 32) + load(x + i + 48))));
+    for (; i < n; i++) total += double(x[i]);
+    return total;
+}
+
+// The fewest largest of `x` whose sum reaches `target`: those above a number, and so many of its equals.
+struct Nucleus {
+    float smallest = 0;
+    int64_t equals = 0;
+};
+
+// Changes the order of `x`.
+inline Nucleus nucleus(float* x, int64_t n, double target) {
+    int64_t begin = 0, end = n;
+    double above = 0;
+    while (end - begin > FEW_ENOUGH_TO_SORT) {
+        const float a = x[begin], b = x[(begin + end) / 2], c = x[end - 1];
+        const float pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+        float* const middle = std::partition(x + begin, x + end, [&](float v) { return v > pivot; });
+        float* const rest = std::partition(middle, x + end, [&](float v) { return v == pivot; });
+        const double larger = mass(x + begin, middle - (x + begin));
+        if (above + larger >= target) {
+            end = middle - x;
+            continue;
+        }
+        above += larger;
+        for (int64_t i = 0; i < rest - middle; i++, above += double(pivot))
+            if (above + double(pivot) >= target) return {pivot, i + 1};
+        begin = rest - x;
+    }
+    std::sort(x + begin, x + end, [](float a, float b) { return a > b; });
+    for (int64_t i = begin, equals = 0; i < end; i++) {
+        equals = i > begin && x[i] == x[i - 1] ? equals + 1 : 1;
+        above += double(x[i]);
+        if (above >= target) return {x[i], equals};
+    }
+    return {0, n};
+}
+
+inline float largest_of(const float* x, int64_t n) {
+    float most = x[0];
+    int64_t i = 0;
+    if (n >= LANES) {
+        Floats lanes = load(x);
+        for (i = LANES; i + LANES <= n; i += LANES) lanes = larger(lanes, load(x + i));
+        most = largest(lanes);
+    }
+    for (; i < n; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+// e^((x - most) / temperature) in place; zero where that would be below e^-87. `n` is a multiple of 16.
+inline void weigh(float* x, int64_t n, float most, float temperature) {
+    const Floats inverse = all(1.0f / temperature), least = exponentials(all(SMALLEST_EXPONENT)) * all(-1);
+    for (int64_t i = 0; i < n; i += LANES) store(x + i, exponentials((load(x + i) + all(-most)) * inverse) + least);
+}
+
+// What is not below `bound`, into `to`: how many. Most pieces hold nothing of it.
+inline int64_t gather(const float* x, int64_t n, float bound, float* to) {
+    int64_t count = 0;
+    for (int64_t begin = 0; begin < n; begin += PIECE) {
+        const int64_t end = std::min(begin + PIECE, n);
+        if (largest_of(x + begin, end - begin) < bound) continue;
+        for (int64_t i = begin; i < end; i++) {
+            to[count] = x[i];
+            count += x[i] >= bound;
+        }
+    }
+    return count;
+}
+
+// `room` has place for n numbers.
+inline float kth_largest(const float* x, int64_t n, int64_t k, float* room) {
+    auto select = [&](int64_t count) {
+        std::nth_element(room, room + k - 1, room + count, [](float a, float b) { return a > b; });
+        return room[k - 1];
+    };
+    // Of so many pieces' largest numbers the k-th is a bound: most numbers need no closer look.
+    float bound = -FLT_MAX;
+    const int64_t pieces = n / PIECE;
+    if (k <= pieces) {
+        for (int64_t i = 0; i < pieces; i++) room[i] = largest_of(x + i * PIECE, PIECE);
+        bound = select(pieces);
+    }
+    return select(gather(x, n, bound, room));
+}
+
+// Makes zero what top-p leaves out. Of equals the token with the smaller id comes first.
+inline void keep_nucleus(float* e, int64_t n, double top_p, float* room) {
+    const double total = mass(e, n);
+    // All weights below this one together are less than what may be left out.
+    const float small = float((1 - top_p) * total / double(n) * 0.999);
+    const Nucleus kept = nucleus(room, gather(e, n, small, room), top_p * total);
+    int32_t equals = 0;
+    for (int64_t i = 0; i < n; i++) {
+        e[i] = e[i] < kept.smallest ? 0.0f : e[i];
+        equals += e[i] == kept.smallest;
+    }
+    for (int64_t i = n - 1; equals > kept.equals; i--)
+        if (e[i] == kept.smallest) e[i] = 0, equals--;
+}
+
+inline int64_t draw_row(const float* logits, int64_t n, const Drawing& drawing) {
+    static thread_local std::vector<float> weights, pool;
+    const int64_t padded = round_up(n, LANES);
+    weights.resize(size_t(padded)), pool.resize(size_t(padded));
+    float* e = weights.data();
+    for (int64_t i = 0; i < n; i++) e[i] = usable(logits[i]);
+    for (int64_t i = n; i < padded; i++) e[i] = -INFINITY;
+    float most = largest_of(e, n);
+    if (most < -FLT_MAX) std::fill_n(e, n, most = -FLT_MAX);
+    if (drawing.temperature == 0) return std::find(e, e + n, most) - e;
+    weigh(e, padded, most, std::max(float(drawing.temperature), SMALLEST_TEMPERATURE));
+    auto drop_below = [&](float bound) {
+        for (int64_t i = 0; i < n; i++) e[i] = e[i] < bound ? 0.0f : e[i];
+    };
+    if (drawing.top_k > 0 && drawing.top_k < double(n)) drop_below(kth_largest(e, n, int64_t(drawing.top_k), pool.data()));
+    if (drawing.top_p < 1) keep_nucleus(e, n, drawing.top_p, pool.data());
+    if (drawing.min_p > 0) drop_below(float(drawing.min_p));
+
+    const double threshold = drawing.uniform * mass(e, n);
+    double reached = 0;
+    for (int64_t begin = 0; begin < n; begin += PIECE) {
+        const int64_t end = std::min(begin + PIECE, n);
+        const double part = mass(e + begin, end - begin);
+        if (reached + part <= threshold && end < n) {
+            reached += part;
+            continue;
+        }
+        double inside = reached;
+        for (int64_t i = begin; i < end; i++) {
+            inside += double(e[i]);
+            if (e[i] > 0 && inside > threshold) return i;
+        }
+        reached += part;
+    }
+    // Rounding: the last token that is kept.
+    int64_t last = n - 1;
+    while (e[last] == 0) last--;
+    return last;
+}
+
+// The natural logarithm of a token's share at temperature 1; no number where the logits are none.
+inline float logprob_row(const float* logits, int64_t n, int64_t token) {
+    static thread_local std::vector<float> weights;
+    const int64_t padded = round_up(n, LANES);
+    weights.resize(size_t(padded));
+    std::copy_n(logits, n, weights.begin());
+    std::fill(weights.begin() + n, weights.end(), -INFINITY);
+    const float most = largest_of(weights.data(), n);
+    bool is_number = std::fabs(most) <= FLT_MAX;
+    for (int64_t i = 0; i < n; i++) is_number &= logits[i] == logits[i];
+    if (!is_number) return NAN;
+    weigh(weights.data(), padded, most, 1.0f);
+    return float(double(logits[token] - most) - std::log(mass(weights.data(), n)));
+}
+
+}  // namespace oz

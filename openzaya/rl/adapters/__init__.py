@@ -1,0 +1,1 @@
+"""Rollout pools on other people's systems, and our algorithms in theirs."""

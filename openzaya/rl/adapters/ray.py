@@ -1,0 +1,243 @@
+"""Rollout workers as Ray actors, on as many machines as the Ray cluster has (extra ``ray``).
+
+    weights   an actor of its own, the board, holds the reference of the newest; Ray's object store moves them
+    orders    handed out and taken back as in a pool of processes (orders.py)
+    deaths    an actor that is gone, or does not answer for ``hang_limit_s``, is replaced; its orders go out again
+
+An actor is asked to advance, again and again: it takes orders and the newest weights, waits a moment for groups, and
+returns those that are finished; its engine goes on between two calls. The learner asks whenever it submits, publishes
+or collects. ``RAY_ADDRESS`` names the cluster; without it one is started on this machine, and ended with the pool.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from openzaya.errors import ConfigError, OpenZayaError, TrainingError
+from openzaya.rl.orders import OrderBook
+from openzaya.rl.pool import RolloutEngine
+from openzaya.rl.rollout import Group, Order
+from openzaya.rl.worker import WorkerSetup, make_engine
+
+try:
+    import ray
+except ImportError as error:
+    raise ConfigError(f"pipeline.pool='ray' needs Ray ({error}); pip install 'openzaya[ray]'") from None
+
+HANG_LIMIT_S = 300.0
+"""Longest time that a call to an actor may take, its start included."""
+ADVANCE_S = 0.5
+"""How long an actor waits for a group in one call."""
+MAX_FAILED_STARTS = 5
+"""Actors that end before they have answered once, with no group finished in between."""
+
+
+class _Board:
+    """Holds the reference of the newest weights; an actor."""
+
+    def __init__(self) -> None:
+        self._step, self._reference = -1, None
+
+    def post(self, step: int, reference: list[Any]) -> None:
+        self._step, self._reference = step, reference[0]
+
+    def newest(self, newer_than: int) -> tuple[int, list[Any]] | None:
+        return (self._step, [self._reference]) if self._step > newer_than else None
+
+
+class RayTransport:
+    """A :class:`openzaya.rl.pool.WeightTransport` through Ray's object store; copies in actors pull."""
+
+    def __init__(self) -> None:
+        self._board: Any = ray.remote(num_cpus=0)(_Board).remote()
+
+    def publish(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Copy the weights into the object store and announce them."""
+        # In a list: a bare reference would be resolved, and the board would hold weights instead.
+        ray.get(self._board.post.remote(step, [ray.put({name: tensor.cpu() for name, tensor in weights.items()})]))
+
+    def pull(self, newer_than: int) -> tuple[int, Mapping[str, Tensor]] | None:
+        found = ray.get(self._board.newest.remote(newer_than))
+        return None if found is None else (found[0], ray.get(found[1][0]))
+
+    def close(self) -> None:
+        """End the board."""
+        ray.kill(self._board)
+
+
+class _Actor:
+    """One rollout worker."""
+
+    def __init__(self, setup: bytes, transport: RayTransport) -> None:
+        self._transport = transport
+        self._setup: WorkerSetup = pickle.loads(setup)
+        self._step = -1
+        self._engine: RolloutEngine | None = None
+
+    def advance(self, orders: Sequence[Order], timeout_s: float) -> list[Group]:
+        """Begin ``orders``, with the newest weights; groups that are finished, after ``timeout_s`` none."""
+        newer = self._transport.pull(self._step)
+        if newer is not None:
+            self._step, weights = newer
+            if self._engine is None:
+                self._engine = make_engine(self._setup, self._step, weights)
+            else:
+                self._engine.update_weights(self._step, weights)
+        assert self._engine is not None
+        self._engine.start(orders)
+        if not self._engine.num_in_flight:
+            return []
+        return self._engine.finished(timeout_s)
+
+
+@dataclass
+class _Place:
+    """One of the pool's actors and its successors."""
+
+    index: int
+    actor: Any = None
+    call: Any = None
+    """The reference of what :meth:`_Actor.advance` is to return."""
+    called_at_s: float = 0.0
+    has_answered: bool = False
+
+
+class RayPool:
+    """A :class:`openzaya.rl.pool.RolloutPool` of ``num_workers`` actors.
+
+    Raises:
+        ConfigError: no Ray, or a cluster that does not answer.
+    """
+
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        num_workers: int,
+        *,
+        step: int,
+        weights: Mapping[str, Tensor],
+        hang_limit_s: float = HANG_LIMIT_S,
+    ) -> None:
+        self._owns_cluster = not ray.is_initialized()
+        if self._owns_cluster:
+            try:
+                ray.init(**_cluster(num_workers * setup.threads))
+            except Exception as error:
+                raise ConfigError(f"Ray does not start ({error}); see RAY_ADDRESS, or choose another pool") from None
+        self._setup, self._threads, self._hang_limit_s = pickle.dumps(setup), setup.threads, hang_limit_s
+        self._book = OrderBook(num_workers, setup.rollout.max_running)
+        self._places = [_Place(index) for index in range(num_workers)]
+        self._failed_starts = self._num_restarts = 0
+        self._is_closed = False
+        self._transport = RayTransport()
+        self._transport.publish(step, weights)
+        for place in self._places:
+            self._start(place)
+
+    def publish(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        self._transport.publish(step, weights)
+        self._look(0)
+
+    def submit(self, orders: Sequence[Order]) -> None:
+        self._book.submit(orders)
+        self._look(0)
+
+    def collect(self, timeout_s: float | None = None) -> list[Group]:
+        """See :class:`openzaya.rl.pool.RolloutPool`; nothing at once where no order is outstanding."""
+        until_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while self._book.outstanding():
+            self._look(min(ADVANCE_S, max(0.0, until_s - time.monotonic())))
+            if self._book.has_arrivals or time.monotonic() >= until_s:
+                break
+        return self._book.collect()
+
+    def outstanding(self) -> list[Order]:
+        return self._book.outstanding()
+
+    def metrics(self) -> dict[str, float]:
+        """Restarts and orders issued again since the pool was made."""
+        return {
+            "rollout/restarts": float(self._num_restarts),
+            "rollout/reissued_orders": float(self._book.num_reissued),
+            "rollout/duplicate_groups": float(self._book.num_duplicates),
+        }
+
+    def close(self) -> None:
+        """End the actors, and the cluster where this pool has started it."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for place in self._places:
+            ray.kill(place.actor)
+        self._transport.close()
+        if self._owns_cluster:
+            ray.shutdown()
+
+    # --- actors -----------------------------------------------------------------------------------
+
+    def _start(self, place: _Place) -> None:
+        settings: dict[str, Any] = {"num_cpus": self._threads, "max_restarts": 0, "max_task_retries": 0}
+        place.actor = ray.remote(**settings)(_Actor).remote(self._setup, self._transport)
+        place.has_answered = False
+        self._call(place, [])
+
+    def _call(self, place: _Place, orders: list[Order]) -> None:
+        place.call = place.actor.advance.remote(orders, ADVANCE_S)
+        place.called_at_s = time.monotonic()
+
+    def _look(self, timeout_s: float) -> None:
+        """Take what actors have returned, replace those that are gone, and ask all of them to go on."""
+        ray.wait([place.call for place in self._places], num_returns=1, timeout=timeout_s)
+        for place in self._places:
+            if ray.wait([place.call], timeout=0)[0]:
+                self._answered(place)
+            elif (waited_s := time.monotonic() - place.called_at_s) > self._hang_limit_s:
+                self._lost(place, f"did not answer for {waited_s:.0f} s")
+        idle = [place for place in self._places if place.call is None]
+        given = self._book.hand_out([place.index for place in idle])
+        for place in idle:
+            self._call(place, given.get(place.index, []))
+
+    def _answered(self, place: _Place) -> None:
+        try:
+            groups = ray.get(place.call)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, OpenZayaError):
+                raise TrainingError(f"rollout worker {place.index}: {cause}") from None
+            self._lost(place, f"failed: {cause!r}")
+        except ray.exceptions.RayError as error:
+            self._lost(place, f"ended: {str(error).strip().splitlines()[0]}")
+        else:
+            place.has_answered, place.call = True, None
+            for group in groups:
+                self._failed_starts = 0
+                self._book.deliver(place.index, group)
+
+    def _lost(self, place: _Place, how: str) -> None:
+        ray.kill(place.actor)
+        self._num_restarts += 1
+        num_orders = self._book.give_back(place.index, how)
+        print(f"rollout worker {place.index} {how}; {num_orders} orders are issued again", file=sys.stderr, flush=True)
+        self._failed_starts += not place.has_answered
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise TrainingError(
+                f"{self._failed_starts} Ray actors in a row ended before they were ready (limit {MAX_FAILED_STARTS}); "
+                f"the last one {how}"
+            )
+        self._start(place)
+
+
+def _cluster(num_cpus: int) -> dict[str, Any]:
+    """What Ray is started with: the cluster of RAY_ADDRESS, or one of this pool's own without a network face."""
+    if os.environ.get("RAY_ADDRESS"):
+        return {"address": "auto", "log_to_driver": True}
+    return {"num_cpus": num_cpus, "include_dashboard": False, "log_to_driver": True, "configure_logging": True}
