@@ -37,7 +37,9 @@ from openzaya.rl.transport import SharedMemoryTransport
 from openzaya.rl.worker import WorkerSetup, run_worker
 
 HANG_LIMIT_S = 300.0
-"""Longest time without a sign of progress: a step of the engine, a verdict, the start of a process."""
+"""Longest time without a sign of progress: a step of the engine, or a verdict."""
+START_LIMIT_S = 600.0
+"""Longest time until a process is ready: its libraries and the model are loaded."""
 MAX_FAILED_STARTS = 5
 """Processes that end before they are ready, with no group finished anywhere in between."""
 LONGEST_PAUSE_S = 30.0
@@ -68,7 +70,7 @@ class ProcessPool:
 
     Args:
         step, weights: what the processes begin with.
-        hang_limit_s: a process without progress for so long is killed and replaced.
+        hang_limit_s: a process that is ready and makes no progress for so long is killed and replaced.
     """
 
     def __init__(
@@ -254,7 +256,7 @@ class ProcessPool:
             how = _end_of(place.process) or "closed its channel"
         if how is not None:
             self._lost(place, now, how)
-        elif silence_s > self._hang_limit_s:
+        elif silence_s > (self._hang_limit_s if place.is_ready else START_LIMIT_S):
             self._lost(place, now, f"showed no progress for {silence_s:.0f} s")
 
     def _heard(self, place: _Place, message: tuple[Any, ...]) -> None:

@@ -39,9 +39,6 @@ class LettersEnvironment(Environment):
         return Task(self.name, difficulty, number, [{"role": "user", "content": f"{number % 7}"}], None)
 
     def verify(self, task: Task, response: str) -> Verdict:
-        if self._trouble == "hang" and not Path(os.environ["LETTERS_MARK"]).exists():
-            Path(os.environ["LETTERS_MARK"]).touch()
-            time.sleep(3600)
         if self._trouble == "exit":
             os._exit(7)
         if self._trouble == "slow":
@@ -153,7 +150,7 @@ def same_course(directory: Path) -> tuple[list[Any], bytes]:
     return groups, (directory / "model/model.safetensors").read_bytes()
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], limit_s: float = 240) -> bool:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], limit_s: float = 280) -> bool:
     """True as soon as ``condition`` holds, False if the process ended before."""
     until = time.monotonic() + limit_s
     while not condition():

@@ -1,0 +1,380 @@
+"""RL on the CPU: OpenZAYA's loop against TRL's GRPOTrainer, one step of each in turn.
+
+    python benchmarks/rl_step.py [MODEL] [--shape P,G,T ...] [--rounds N] [--threads N] [--experts NAME ...]
+                                 [--micro-batches N ...] [--quick] [--json]
+
+A step rolls out G responses of exactly T tokens to each of P prompts, judges them, and updates the policy once. Both
+sides start from the same checkpoint (a random model of the ``nano`` preset, unless MODEL is given; one that
+transformers loads), in fp32, get the same prompts in the same order, the same verifier (even sum of characters: about
+half of anything passes, so every response is trained on), GRPO advantages, no KL term, Dr-GRPO's sum over tokens. Turns
+do not end early on either side, which spares TRL the padding that ragged lengths cost it.
+
+    ours    the loop as the recipes run it: one process, in turns; router replay, DPPO's mask against the sampler's log
+            probabilities, Muon without momentum and AdamW, engine-trainer agreement measured every step
+    TRL     ``model.generate`` for all rollouts at once with a cache, fused AdamW; no gradient checkpointing, entropy or
+            logs; no log probabilities of the sampler, as its default makes do without for one update a batch. Each of
+            ``--experts`` with each of ``--micro-batches`` is tried for a step, and the fastest is timed
+
+Rollout tokens/s are sampled tokens over the seconds from prompts to rollouts: ours with judging, TRL's without. Steps/h
+are whole steps. Steps of the two sides alternate in one process; the first of each is not counted. TRL is not among
+OpenZAYA's dependencies: ``pip install trl accelerate datasets``, beside it or in an environment of its own.
+
+The last line is one JSON object; a run without --quick also writes benchmarks/results/rl_step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from benchmarks.serve_load import circumstances
+from openzaya.data.tokenizer import load_tokenizer, train_tokenizer
+from openzaya.environments.base import Environment, Task
+from openzaya.environments.registry import ProblemsSpec
+from openzaya.kernels.host import keep_freed_memory
+from openzaya.model import hf
+from openzaya.model.config import preset
+from openzaya.model.transformer import Zaya
+from openzaya.problems import TRAINED_FAMILIES, Verdict, make_problem
+from openzaya.rl import pool as pool_module
+from openzaya.rl.loop import RLRun
+from openzaya.rl.recipe import RLConfig
+from openzaya.rl.rollout import prompt_of
+
+RESULTS = Path(__file__).parent / "results"
+NUM_TASKS = 256
+LEARNING_RATE = 3e-4
+NEVER = 10**6
+Shape = tuple[int, int, int]
+"""Prompts a step, rollouts a prompt, tokens a rollout."""
+
+
+def passes(text: str) -> bool:
+    """The verifier of both sides."""
+    return sum(map(ord, text)) % 2 == 0
+
+
+class ParityEnvironment(Environment):
+    """Prompts of the built-in families; right is what nobody can know."""
+
+    name = "parity"
+
+    def task(self, difficulty: int, number: int) -> Task:
+        family = TRAINED_FAMILIES[number % len(TRAINED_FAMILIES)]
+        problem = make_problem(family, number // len(TRAINED_FAMILIES) % 4, 3, number % NUM_TASKS, "train")
+        return Task(self.name, difficulty, number, [{"role": "user", "content": problem.prompt}], None)
+
+    def verify(self, task: Task, response: str) -> Verdict:
+        return Verdict(float(passes(response)), "")
+
+
+class ParitySpec(ProblemsSpec):
+    """Stands where a recipe names environments."""
+
+    def make(self) -> list[Environment]:
+        return [ParityEnvironment()]
+
+
+def write_model(directory: Path) -> Path:
+    """A random model of the ``nano`` preset, with a tokenizer of its own."""
+    texts = [ParityEnvironment().task(0, number).messages[0]["content"] for number in range(NUM_TASKS)]
+    tokenizer = train_tokenizer(texts, preset("nano").vocab_size)
+    config = preset("nano").with_changes(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    hf.save(Zaya(config, seed=0), directory / "00-start/model", layout="native", tokenizer=tokenizer)
+    return directory / "00-start/model"
+
+
+class Side:
+    """Steps of one side, one at a time."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.rollout_seconds: list[float] = []
+        self.tokens: list[int] = []
+        self.reward: list[float] = []
+
+    def row(self) -> dict[str, Any]:
+        """Medians over all steps but the first."""
+        rates = [tokens / taken for tokens, taken in zip(self.tokens, self.rollout_seconds, strict=True)][1:]
+        return {
+            "rollout_tokens_per_s": statistics.median(rates),
+            "steps_per_h": 3600 / statistics.median(self.seconds[1:]),
+            "step_s": [round(value, 3) for value in self.seconds[1:]],
+            "rollout_s": [round(value, 3) for value in self.rollout_seconds[1:]],
+            "tokens_a_step": statistics.median(self.tokens),
+            "mean_reward": statistics.mean(self.reward),
+        }
+
+
+class Ours(Side):
+    """OpenZAYA's loop."""
+
+    def __init__(self, model: Path, shape: Shape) -> None:
+        super().__init__()
+        num_prompts, group, num_tokens = shape
+        values: dict[str, Any] = {
+            "model": {"start_from": str(model)},
+            "steps": NEVER,
+            "prompts_per_step": num_prompts,
+            "sources": [{"name": "parity", "environments": [ParitySpec()], "difficulties": (0, 0)}],
+            "rollout": {"group_size": group, "max_new_tokens": num_tokens, "canary": "off"},
+            "algorithm": {"advantage": "grpo", "drop_equal_groups": False},
+            "optimizer": {
+                "muon_learning_rate": LEARNING_RATE,
+                "adamw_learning_rate": LEARNING_RATE,
+                "momentum": 0.0,
+                "weight_decay": 0.0,
+                "newton_schulz_dtype": "auto",
+                "warmup_steps": 0,
+            },
+            "window_tokens": max(512, num_tokens + 256),
+        }
+        self._run = RLRun(RLConfig(**values), model.parent)
+        self._run.begin(model / "no-checkpoints")
+
+    def prompts(self, num: int) -> list[list[int]]:
+        """Tokens of the first ``num`` prompts that the loop will ask."""
+        environment = ParityEnvironment()
+        return [prompt_of(environment.task(0, number), self._run.tokenizer) for number in range(num)]
+
+    def step(self) -> None:
+        metrics = self._run.train_step()
+        self.seconds.append(float(metrics["time/step_s"]))
+        self.rollout_seconds.append(float(metrics["time/collect_s"]))
+        self.tokens.append(int(metrics["rl/sampled_tokens"]))
+        self.reward.append(float(metrics["rl/reward"]))
+
+    def close(self) -> None:
+        self._run.close()
+
+
+@contextlib.contextmanager
+def whole_lengths() -> Iterator[None]:
+    """Within, rollouts of ours go on to their longest length."""
+    original = pool_module.sampling_params
+    pool_module.sampling_params = lambda order, config: dataclasses.replace(original(order, config), ignore_eos=True)
+    try:
+        yield
+    finally:
+        pool_module.sampling_params = original
+
+
+def run_peer(
+    model: Path,
+    shape: Shape,
+    prompts: list[list[int]],
+    experts: str,
+    micro_batches: int,
+    num_steps: int,
+    between: Callable[[], None],
+) -> Side:
+    """``num_steps`` steps of TRL's trainer; ``between`` is called after each, outside the time taken."""
+    import datasets
+    import transformers
+    import trl
+
+    num_prompts, group, num_tokens = shape
+    side, tokenizer = Side(), load_tokenizer(model)
+    texts = [tokenizer.decode(tokens) for tokens in prompts]
+    if any(tokenizer(text)["input_ids"] != tokens for text, tokens in zip(texts, prompts, strict=True)):
+        raise SystemExit("a prompt is other tokens after decoding; the two sides would not do the same work")
+
+    class Clock(transformers.TrainerCallback):
+        begun_s = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.begun_s = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            side.seconds.append(time.perf_counter() - self.begun_s)
+            between()
+            self.begun_s = time.perf_counter()
+
+    class Trainer(trl.GRPOTrainer):
+        def _generate_single_turn(self, *arguments: Any, **settings: Any) -> Any:
+            begun_s = time.perf_counter()
+            found = super()._generate_single_turn(*arguments, **settings)
+            side.rollout_seconds.append(time.perf_counter() - begun_s)
+            side.tokens.append(sum(map(len, found[0])))
+            return found
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        rewards = [float(passes(text)) for text in completions]
+        side.reward.append(statistics.mean(rewards))
+        return rewards
+
+    policy = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    policy.set_experts_implementation(experts)
+    rollouts = num_prompts * group
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = trl.GRPOConfig(
+            output_dir=directory,
+            use_cpu=True,
+            bf16=False,
+            max_steps=num_steps,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            per_device_train_batch_size=rollouts // micro_batches,
+            gradient_accumulation_steps=micro_batches,
+            steps_per_generation=micro_batches,
+            num_generations=group,
+            max_completion_length=num_tokens,
+            generation_kwargs={"suppress_tokens": [tokenizer.eos_token_id], "use_cache": True},
+            loss_type="dr_grpo",
+            scale_rewards="group",
+            beta=0.0,
+            shuffle_dataset=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
+            model=policy,
+            reward_funcs=reward,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return side
+
+
+def choose_peer(model: Path, shape: Shape, prompts: list[list[int]], choices: list[tuple[str, int]]) -> tuple[str, int]:
+    """TRL's fastest settings at this shape, by the second of two steps."""
+    if len(choices) == 1:
+        return choices[0]
+    seconds = {choice: run_peer(model, shape, prompts, *choice, 2, lambda: None).seconds[-1] for choice in choices}
+    return min(seconds, key=lambda choice: seconds[choice])
+
+
+def measure(model: Path, shape: Shape, choices: list[tuple[str, int]], rounds: int) -> dict[str, Any]:
+    """One shape: steps of both sides in turn."""
+    num_steps = rounds + 1
+    with whole_lengths():
+        ours = Ours(model, shape)
+        try:
+            prompts = ours.prompts(shape[0] * num_steps)
+            usable = [choice for choice in choices if shape[0] * shape[1] % choice[1] == 0] or choices[:1]
+            experts, micro_batches = choose_peer(model, shape, prompts[: 2 * shape[0]], usable)
+            peer = run_peer(model, shape, prompts, experts, micro_batches, num_steps, ours.step)
+        finally:
+            ours.close()
+    expected = shape[0] * shape[1] * shape[2]
+    for name, side in (("openzaya", ours), ("TRL", peer)):
+        if set(side.tokens) != {expected} or len(side.seconds) != num_steps:
+            raise SystemExit(f"{name} made {side.tokens} tokens in {len(side.seconds)} steps, expected {expected} each")
+    rows = {"openzaya": ours.row(), "trl": peer.row()}
+    return {
+        "prompts": shape[0],
+        "group": shape[1],
+        "new_tokens": shape[2],
+        "trl_settings": {"experts": experts, "micro_batches": micro_batches},
+        **rows,
+        "rollout_ratio": rows["openzaya"]["rollout_tokens_per_s"] / rows["trl"]["rollout_tokens_per_s"],
+        "steps_ratio": rows["openzaya"]["steps_per_h"] / rows["trl"]["steps_per_h"],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what is measured; ends the program where TRL is missing."""
+    try:
+        return {name: version(name) for name in ("trl", "accelerate", "datasets", "transformers", "torch")}
+    except PackageNotFoundError as error:
+        raise SystemExit(
+            f"{error.name} is not installed. TRL is only needed here: pip install trl accelerate datasets (in an "
+            "environment of its own: python -m venv --system-site-packages DIRECTORY)"
+        ) from None
+
+
+def shape_of(text: str) -> Shape:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts) or int(parts[1]) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: give prompts,rollouts,tokens, such as 16,16,192; rollouts 2 or more")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, help="a checkpoint with a tokenizer, in the native layout")
+    parser.add_argument("--shape", type=shape_of, nargs="+", default=[(4, 4, 64), (8, 8, 128), (16, 16, 192)])
+    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--experts", nargs="+", default=["grouped_mm", "eager"], help="of transformers")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4], help="of a step of TRL")
+    parser.add_argument("--quick", action="store_true", help="one small shape, one round; writes no file")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds: give 1 or more")
+    if arguments.quick:
+        arguments.shape, arguments.rounds, arguments.micro_batches = [(4, 4, 32)], 1, [1]
+    found = versions()
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    silence()
+    choices = list(itertools.product(arguments.experts, arguments.micro_batches))
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        model = arguments.model or write_model(Path(directory))
+        for shape in arguments.shape:
+            rows.append(measure(model, shape, choices, arguments.rounds))
+            if not arguments.json:
+                print_row(rows[-1])
+    result = circumstances() | {"versions": found, "threads": arguments.threads, "rounds": arguments.rounds}
+    result |= {"model": arguments.model.name if arguments.model else "random nano", "shapes": rows}
+    if not arguments.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "rl_step.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def silence() -> None:
+    """Keep the output to the figures."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+
+
+def print_row(row: dict[str, Any]) -> None:
+    settings = "{experts}, {micro_batches} micro-batches".format(**row["trl_settings"])
+    print(f"{row['prompts']} prompts x {row['group']} rollouts x {row['new_tokens']} tokens      TRL: {settings}")
+    for name in ("openzaya", "trl"):
+        side = row[name]
+        print(
+            f"    {name:10}{side['rollout_tokens_per_s']:12,.0f} rollout tokens/s{side['steps_per_h']:12,.0f} steps/h"
+            f"    mean reward {side['mean_reward']:.2f}"
+        )
+    print(f"    ratio     {row['rollout_ratio']:12.1f}{row['steps_ratio']:29.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
