@@ -1,8 +1,10 @@
 # Every target sets itself up: the first one that runs creates .venv and installs the pinned packages.
 #
-#   make nano     tokenizer -> pretrain -> midtrain -> SFT -> evaluation -> report: 17 minutes on two CPU cores
-#   make smoke    the same pipeline at toy size, in under a minute
-#   make test     lint, then the tests
+#   make nano        tokenizer -> pretrain -> midtrain -> SFT -> the stages of RL -> table -> report, from nothing, on a CPU
+#   make nano-seeds  the same for the seeds 1, 2 and 3, each with its baseline, and a table over the seeds
+#   make smoke       the same stages at toy size, in minutes: does it all run?
+#   make test        lint, then the tests
+#   make test-slow   the tests that `make test` leaves out: minutes of work, or tens of gigabytes
 #
 # Settings (environment or command line):
 #   PYTHON       interpreter to build .venv with, 3.11 or newer          (python3)
@@ -26,7 +28,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup nano smoke test test-all lint format bench docs clean
+.PHONY: help setup nano nano-seeds smoke test test-slow test-all lint format bench docs clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -48,6 +50,9 @@ $(STAMP): pyproject.toml constraints.txt
 nano: $(STAMP)
 	$(BIN)/openzaya run recipes/nano --out runs/nano
 
+nano-seeds: $(STAMP)
+	$(BIN)/python benchmarks/nano_seeds.py --run --seeds 1 2 3
+
 smoke: $(STAMP)
 	$(BIN)/openzaya run recipes/smoke --out runs/smoke
 
@@ -62,6 +67,9 @@ format: $(STAMP)
 
 test: lint
 	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
 
 test-all: lint
 	$(PYTEST)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     arguments = parser.parse_args()
-    if arguments.model is None:
-        arguments.model, arguments.quick = write_model(), True
+    arguments.quick |= arguments.model is None
     if arguments.quick:
         arguments.prompts, arguments.group = 9, 2
+    with tempfile.TemporaryDirectory() as directory:
+        measure(arguments, arguments.model or write_model(Path(directory)))
+
+
+def measure(arguments: argparse.Namespace, path: Path) -> None:
+    """All pairs of precisions on the model at ``path``."""
     rows = []
     for dtype, quantize, trainer_dtype in PAIRS:
-        sequences = roll_out(arguments.model, dtype, quantize, arguments.prompts, arguments.group, arguments.seed)
-        model = hf.load(arguments.model, dtype=trainer_dtype)
+        sequences = roll_out(path, dtype, quantize, arguments.prompts, arguments.group, arguments.seed)
+        model = hf.load(path, dtype=trainer_dtype)
         row: dict[str, Any] = {"engine": quantize or dtype, "trainer": trainer_dtype}
         row["replay"], row["no_replay"] = (compare(model, sequences, replay=replay) for replay in (True, False))
         rows.append(row)

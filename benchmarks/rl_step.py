@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -44,8 +43,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -174,7 +172,7 @@ class Ours(Side):
 def whole_lengths() -> Iterator[None]:
     """Within, rollouts of ours go on to their longest length."""
     original = pool_module.sampling_params
-    pool_module.sampling_params = lambda order, config: dataclasses.replace(original(order, config), ignore_eos=True)
+    pool_module.sampling_params = lambda order, config: original(order, config).model_copy(update={"ignore_eos": True})
     try:
         yield
     finally:
@@ -262,6 +260,7 @@ def run_peer(
             processing_class=tokenizer,
             callbacks=[Clock()],
         )
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return side
 

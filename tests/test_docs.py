@@ -11,6 +11,8 @@ import pytest
 import typer.main
 
 from openzaya.cli import app
+from openzaya.config import load_recipe
+from openzaya.stages import stage_schema
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")]
@@ -61,6 +63,15 @@ def check_command(words: list[str]) -> None:
 def test_commands_exist(document):
     for words in commands(document.read_text()):
         check_command(words)
+
+
+@by_name
+def test_recipes_in_documents_read(document, tmp_path):
+    for number, block in enumerate(re.findall(r"```toml\n(.*?)```", document.read_text(), flags=re.DOTALL)):
+        if "kind" in tomllib.loads(block) and "base" not in tomllib.loads(block):
+            path = tmp_path / f"{number:02}-block.toml"
+            path.write_text(block)
+            load_recipe(path, stage_schema(path))
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -75,5 +75,5 @@ def test_a_paired_difference_uses_the_problems_that_have_both_numbers() -> None:
     assert paired_difference([0.0, None, 1.0, 0.5], [1.0, 1.0, None, 0.5]) == mean_with_interval([1.0, 0.0])
     assert paired_difference([None, 1.0], [1.0, None]) is None
     assert paired_difference([], []) is None
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         paired_difference([1.0], [1.0, 0.0])

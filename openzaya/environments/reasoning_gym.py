@@ -23,7 +23,8 @@ from openzaya.errors import DataError
 PREFIX = "reasoning-gym"
 WITHOUT_TASKS = ("composite",)
 """Mixes other data sets, and has no tasks without being told which."""
-_SIZES = (2**30, 2_000, 50)
+_SIZES = (2_000, 50)
+_NUM_SETS = 256
 _COMMAS_MATTER = ("polynomial_equations",)
 _COMPARED_HERE = ("game_of_life_halting",)
 """Their scorers take any text for right: the answer must be the library's own, up to case and blanks."""
@@ -77,31 +78,46 @@ class Service(GeneratedService):
         import reasoning_gym.factory
 
         self._names = [name for name in reasoning_gym.factory.DATASETS if name not in WITHOUT_TASKS]
-        self._sets: dict[tuple[str, int], tuple[Any, int]] = {}
+        self._sets: dict[tuple[str, int, int], Any] = {}
 
     def names(self) -> list[str]:
         return self._names
 
-    def _set(self, name: str, level: int) -> Any:
-        """The data set of a level; level -1 is its default configuration."""
-        from reasoning_gym.factory import DATASETS
+    def _entry(self, name: str, level: int, number: int) -> tuple[Any, dict[str, Any]]:
+        """A data set of a level (-1: its default configuration) and the entry that is task ``number``."""
+        failure: Exception | None = None
+        # Some data sets take time or memory by their size, a few refuse to be large: tasks come from many small ones.
+        for size in _SIZES:
+            block, place = divmod(number, size)
+            try:
+                if (name, level, block) not in self._sets:
+                    options = {"seed": self.seed_of(name, level, block), "size": size}
+                    self._sets[name, level, block] = self._data_set(name, level, options)
+                data_set = self._sets[name, level, block]
+                while len(self._sets) > _NUM_SETS:
+                    self._sets.pop(next(iter(self._sets)))
+                return data_set, data_set[place]
+            except (AssertionError, ValueError, IndexError) as error:
+                failure = error
+                self._sets.pop((name, level, block), None)
+        raise failure or ValueError(name)
 
-        if (name, level) not in self._sets:
-            failure: Exception | None = None
-            # A few data sets refuse to be large.
-            for size in _SIZES:
-                options = {"seed": self.seed_of(name, level, 0), "size": size}
-                try:
-                    made = DATASETS[name]
-                    configuration = made[1](**options) if level < 0 else _configuration(name, level, options)
-                    configuration.validate()
-                    self._sets[name, level] = made[0](configuration), size
-                    break
-                except (AssertionError, ValueError) as error:
-                    failure = error
-            else:
-                raise failure or ValueError(name)
-        return self._sets[name, level]
+    @staticmethod
+    def _data_set(name: str, level: int, options: dict[str, Any]) -> Any:
+        from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
+        from reasoning_gym.factory import DATASETS, create_curriculum
+
+        data_set, configuration = DATASETS[name]
+        if level < 0:
+            made = configuration(**options)
+        else:
+            curriculum = create_curriculum(name)
+            curriculum.set_global_level(level)
+            context = DefaultCurriculumContext(mode=RangeAttributeMode.UPPER_BOUND)
+            made = curriculum.generate_configuration(options, context)
+        if hasattr(made, "validate"):
+            made.validate()
+        return data_set(made)
 
     def _make(self, name: str, difficulty: int, number: int) -> tuple[str, Any]:
         from reasoning_gym.factory import CURRICULA
@@ -113,8 +129,7 @@ class Service(GeneratedService):
         # Some curricula have levels that their own data sets refuse or cannot fill: then the next lower one is set.
         for level in range(highest, -2, -1):
             try:
-                data_set, size = self._set(name, level)
-                entry = data_set[number % size]
+                data_set, entry = self._entry(name, level, number)
             except (AssertionError, ValueError, IndexError):
                 if level < 0:
                     raise
@@ -136,16 +151,6 @@ class Service(GeneratedService):
         return self._find(name, difficulty, number)[1][1]["answer"]
 
 
-def _configuration(name: str, level: int, options: dict[str, Any]) -> Any:
-    from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
-    from reasoning_gym.factory import create_curriculum
-
-    curriculum = create_curriculum(name)
-    curriculum.set_global_level(level)
-    context = DefaultCurriculumContext(mode=RangeAttributeMode.UPPER_BOUND)
-    return curriculum.generate_configuration(options, context)
-
-
 def _offers_several(answer: str, gold: str, commas_matter: bool) -> bool:
     """Whether an answer holds more than the right one: some scorers pick the best, or stop reading early."""
     gold = gold.strip()
@@ -153,5 +158,5 @@ def _offers_several(answer: str, gold: str, commas_matter: bool) -> bool:
         return True
     if _ALTERNATIVES.search(answer) and not _ALTERNATIVES.search(gold):
         return True
-    words, wanted = f" {' '.join(answer.split())} ", f" {' '.join(gold.split())} "
-    return wanted in words and wanted != words
+    words, wanted = (" ".join(word.strip(".,;:!?") for word in text.split()) for text in (answer, gold))
+    return wanted != words and f" {wanted} " in f" {words} "

@@ -15,6 +15,7 @@ import numpy as np
 
 from openzaya.eval.plots import BLUE, INK, MUTED, ORANGE, PHASE_BANDS, Drawing, Plot, draw_plots, label_grid
 from openzaya.eval.run_directory import Stage
+from openzaya.rl.curriculum import kept_levels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,12 +75,6 @@ def max_prior_pass_rates(stage: Stage) -> dict[str, float]:
     """Source -> pass rate above which a level is left out, from the stage's recipe."""
     sources = stage.recipe.get("sources", [])
     return {source["name"]: float(source.get("max_prior_pass_rate", 1.0)) for source in sources if "name" in source}
-
-
-def kept_levels(rates: Mapping[str, float], limit: float) -> list[int]:
-    """Levels that were kept of an environment's pass rates, ascending."""
-    levels = sorted(int(level) for level, rate in rates.items() if rate <= limit)
-    return levels or [max(map(int, rates))]
 
 
 def _calibration_drawing(name: str, source: str, fits: Mapping[str, Any]) -> Drawing:

@@ -196,6 +196,12 @@ class OnlineDifficulty:
         self.difficulty, self.num_groups = state["difficulty"], state["num_groups"]
 
 
+def kept_levels(pass_rates: Mapping[str, float], limit: float) -> list[int]:
+    """The levels of an environment (keys) that are solved at most so often, ascending; else the highest alone."""
+    levels = sorted(int(level) for level, rate in pass_rates.items() if rate <= limit)
+    return levels or [max(map(int, pass_rates))]
+
+
 class LeastSampledFirst:
     """Which environment comes next: drawn among those that were sampled least."""
 

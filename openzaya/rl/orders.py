@@ -93,6 +93,7 @@ class OrderBook:
                 self.num_duplicates += 1
                 return
             self._arrived.append(group)
+            self._waiting = deque(order for order in self._waiting if order.number != number)
             self._attempts.pop(number, None)
             self.changed.notify_all()
 

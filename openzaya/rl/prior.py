@@ -15,7 +15,7 @@ from typing import Any
 
 from openzaya.environments.base import Task
 from openzaya.errors import DataError
-from openzaya.rl.curriculum import IRTPool
+from openzaya.rl.curriculum import IRTPool, kept_levels
 from openzaya.rl.pool import RolloutPool
 from openzaya.rl.prompts import PromptStream
 from openzaya.rl.recipe import PriorConfig, PromptSource, RLConfig
@@ -41,8 +41,7 @@ def apply_prior(config: RLConfig, prompts: PromptStream, pool: RolloutPool) -> d
         elif source.curriculum == "fixed" and source.max_prior_pass_rate < 1:
             rates[name] = pass_rates(source, config.prior, prompts, pool, numbers, config.seed)
             for environment, by_level in rates[name].items():
-                kept = [int(level) for level, rate in by_level.items() if rate <= source.max_prior_pass_rate]
-                state.levels[environment] = kept or [max(map(int, by_level))]
+                state.levels[environment] = kept_levels(by_level, source.max_prior_pass_rate)
     return {"pass_rates": rates, "calibration": calibrations} if rates or calibrations else None
 
 

@@ -33,15 +33,17 @@ def test_every_data_set_is_an_environment(environments: dict[str, Environment]) 
 
 
 @pytest.mark.parametrize(
-    "name", ["chain_sum", "number_sorting", "spell_backward", "word_sorting", "gsm_symbolic", "caesar_cipher", "gcd"]
+    "name", ["chain_sum", "number_sorting", "spell_backward", "word_sorting", "gsm_symbolic", "caesar_cipher", "lcm"]
 )
 def test_own_answers_are_right_and_others_are_not(environments: dict[str, Environment], name: str) -> None:
     environment = environments[f"reasoning-gym/{name}"]
     for difficulty in (0, 3, 100):
-        task, other = environment.task(difficulty, 1), environment.task(difficulty, 2)
+        task = environment.task(difficulty, 1)
         assert environment.task(difficulty, 1) == task
-        answer, wrong = gold(environment, task), gold(environment, other)
-        assert answer and wrong and answer != wrong
+        answer = gold(environment, task)
+        others = [gold(environment, environment.task(difficulty, number)) for number in range(2, 12)]
+        wrong = next(other for other in others if other != answer)
+        assert answer and wrong
         assert environment.verify(task, f"<think>{wrong}</think>\n{answer}\n").reward == 1.0
         for response in (
             "",

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from openzaya.eval.plots_curriculum import kept_levels, max_prior_pass_rates
+from openzaya.eval.plots_curriculum import max_prior_pass_rates
 from openzaya.eval.report import write_report
 from openzaya.eval.report_rl import calibration_table
 from openzaya.eval.run_directory import read_run
+from openzaya.rl.curriculum import kept_levels
 from openzaya.runlog import RunLog, write_json
 from tests.eval.test_report import Page, write_training_stage
 

@@ -63,7 +63,7 @@ def test_a_level_adds_about_one_step(name: str) -> None:
             assert max(len(TOKEN.findall(trace)) for trace in traces) <= 80
         if difficulty <= 8:
             assert max(len(TOKEN.findall(problem.prompt)) for problem in sample) <= 130
-            assert max(len(TOKEN.findall(trace)) for trace in traces) <= 300
+            assert max(len(TOKEN.findall(trace)) for trace in traces) <= 350
     assert all(after > before for before, after in itertools.pairwise(num_characters)), num_characters
     assert 0.5 <= (num_lines[5] - num_lines[0]) / 8 <= 2.1, num_lines
 
@@ -72,20 +72,20 @@ def test_a_level_adds_about_one_step(name: str) -> None:
 def test_space_is_large_and_no_answer_can_be_guessed(name: str) -> None:
     family = get_family(name)
     for difficulty in (0, 1, 4):
-        sample = problems(name, difficulty, 800)
-        assert len({problem.canonical for problem in sample}) >= (200 if difficulty == 0 else 600)
+        sample = problems(name, difficulty, 500)
+        assert len({problem.canonical for problem in sample}) >= (200 if difficulty == 0 else 350)
         answers = collections.Counter(family.solve(problem).answer for problem in sample)
-        assert answers.most_common(1)[0][1] <= 800 / 20, (difficulty, answers.most_common(3))
+        assert answers.most_common(1)[0][1] <= 500 / 20, (difficulty, answers.most_common(3))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_to_another_problem_earns_nothing(name: str) -> None:
     family = get_family(name)
     for difficulty in (0, 3):
-        sample = problems(name, difficulty, 60)
+        sample = problems(name, difficulty, 30)
         answers = [family.solve(problem).answer for problem in sample]
         rewards = [family.verify(problem, answer).reward for problem in sample for answer in answers]
-        assert 60 <= sum(rewards) <= 60 + 3600 / 40
+        assert 30 <= sum(rewards) <= 30 + 900 / 40
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,13 +94,13 @@ def test_habits_and_slips_give_wrong_answers_that_are_known_to_be_wrong(name: st
     rng = random.Random(0)
     for difficulty in (1, 2, 5, 12):
         num_wrong = 0
-        for problem in problems(name, difficulty, 60):
+        for problem in problems(name, difficulty, 40):
             solution = family.solve(problem, Annotator(habit=True, slip_rate=0.0, rng=rng))
             verdict = family.verify(problem, f"<think>{solution.trace}</think>{solution.answer}")
             assert verdict.reward == float(solution.correct), (problem, solution, verdict)
             assert solution.trace.splitlines()[-1].endswith(solution.answer)
             num_wrong += not solution.correct
-        assert num_wrong >= 30, (difficulty, num_wrong)
+        assert num_wrong >= 20, (difficulty, num_wrong)
     solutions = []
     for problem in problems(name, 5, 100):
         assert family.solve(problem, Annotator(False, 0.0, rng)) == family.solve(problem)

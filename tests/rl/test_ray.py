@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("ray")
 
-from openzaya.rl.orders import OrderBook
 from openzaya.rl.rollout import Order
 from openzaya.rl.worker import WorkerSetup
 from tests.rl.letters import ROOT, LettersEnvironment, LettersSpec, make_model, tokenizer
@@ -51,16 +50,3 @@ def test_actors_make_the_same_groups_and_may_die(pool, expected):
     pool.publish(5, {name: tensor * 1.01 for name, tensor in make_model().state_dict().items()})
     pool.submit([Order(99, "a", "plain", LettersEnvironment().task(0, 1), 4, 7)])
     assert collect_all(pool, 1)[99].oldest_version == 5
-
-
-def test_order_book_hands_out_a_bounded_even_share_and_takes_back_what_was_lost():
-    book = OrderBook(2, max_running=8)
-    book.submit(make_orders(9))
-    given = book.hand_out([0])
-    # Eight rollouts and a quarter more: two orders of four, and no third.
-    assert [order.number for order in given[0]] == [0, 1]
-    assert book.hand_out([0]) == {}
-    assert [order.number for order in book.hand_out([0, 1])[1]] == [2, 3]
-    assert book.give_back(0, "ended") == 2
-    assert [order.number for order in book.hand_out([0])[0]] == [0, 1]
-    assert len(book.outstanding()) == 9 and book.num_reissued == 2

@@ -213,7 +213,7 @@ def test_run_with_sglang_form_at_staleness_0_is_the_local_run(sglang, tmp_path):
 
 
 def test_refusals_end_the_run_with_the_server_s_words(sglang, tmp_path):
-    with pytest.raises(ConfigError, match="does not return experts; set rollout.replay_experts=false"):
+    with pytest.raises(ConfigError, match=r"does not return experts; set rollout\.replay_experts=false"):
         make_pool([sglang.url], tmp_path, WITH_EXPERTS)
     pool = make_pool([sglang.url], tmp_path)
     sglang.trouble = [400]

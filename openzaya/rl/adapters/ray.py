@@ -239,5 +239,7 @@ class RayPool:
 def _cluster(num_cpus: int) -> dict[str, Any]:
     """What Ray is started with: the cluster of RAY_ADDRESS, or one of this pool's own without a network face."""
     if os.environ.get("RAY_ADDRESS"):
-        return {"address": "auto", "log_to_driver": True}
-    return {"num_cpus": num_cpus, "include_dashboard": False, "log_to_driver": True, "configure_logging": True}
+        return {"address": "auto"}
+    # By default Ray's workers give way to everything else; here they do what everything else waits for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    return {"num_cpus": num_cpus, "include_dashboard": False}

@@ -125,8 +125,8 @@ def dppo_loss(
         raise ConfigError(f"loss_agg_mode={loss_agg_mode} with openzaya_dppo; set actor.loss_agg_mode={AGGREGATION}")
     if rollout_is_weights is not None:
         raise ConfigError(
-            "rollout_is_weights with openzaya_dppo, which weighs tokens itself; set rollout_correction.bypass_mode=true "
-            "and rollout_is=null"
+            "rollout_is_weights with openzaya_dppo, which weighs tokens itself; set algorithm.rollout_correction to "
+            "bypass_mode=true and rollout_is=null"
         )
     delta, ratio_cap, num_rollouts, num_ranks = _settings(config, len(log_prob))
     is_response_BT = response_mask.bool()
