@@ -16,8 +16,10 @@ do not end early on either side, which spares TRL the padding that ragged length
             ``--experts`` with each of ``--micro-batches`` is tried for a step, and the fastest is timed
 
 Rollout tokens/s are sampled tokens over the seconds from prompts to rollouts: ours with judging, TRL's without. Steps/h
-are whole steps. Steps of the two sides alternate in one process; the first of each is not counted. TRL is not among
-OpenZAYA's dependencies: ``pip install trl accelerate datasets``, beside it or in an environment of its own.
+are whole steps. Ratios of CPU time (of all threads) are printed beside them: a machine's other work hardly changes
+these, and they say nothing of how well threads are used. Steps of the two sides alternate in one process; the first of
+each is not counted. TRL is not among OpenZAYA's dependencies: ``pip install trl accelerate datasets``, beside it or in
+an environment of its own.
 
 The last line is one JSON object; a run without --quick also writes benchmarks/results/rl_step.json.
 """
@@ -67,6 +69,8 @@ LEARNING_RATE = 3e-4
 NEVER = 10**6
 Shape = tuple[int, int, int]
 """Prompts a step, rollouts a prompt, tokens a rollout."""
+SHAPES: tuple[Shape, ...] = ((4, 8, 64), (8, 16, 128), (16, 16, 192))
+"""The last is that of the nano recipe's warm-up."""
 
 
 def passes(text: str) -> bool:
@@ -110,8 +114,18 @@ class Side:
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.rollout_seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.rollout_cpu_seconds: list[float] = []
         self.tokens: list[int] = []
         self.reward: list[float] = []
+
+    @contextlib.contextmanager
+    def timed(self, seconds: list[float], cpu_seconds: list[float]) -> Iterator[None]:
+        """Wall and CPU time of what happens within, that of all threads."""
+        begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+        yield
+        seconds.append(time.perf_counter() - begun_s)
+        cpu_seconds.append(time.process_time() - begun_cpu_s)
 
     def row(self) -> dict[str, Any]:
         """Medians over all steps but the first."""
@@ -121,6 +135,8 @@ class Side:
             "steps_per_h": 3600 / statistics.median(self.seconds[1:]),
             "step_s": [round(value, 3) for value in self.seconds[1:]],
             "rollout_s": [round(value, 3) for value in self.rollout_seconds[1:]],
+            "step_cpu_s": [round(value, 3) for value in self.cpu_seconds[1:]],
+            "rollout_cpu_s": [round(value, 3) for value in self.rollout_cpu_seconds[1:]],
             "tokens_a_step": statistics.median(self.tokens),
             "mean_reward": statistics.mean(self.reward),
         }
@@ -151,6 +167,13 @@ class Ours(Side):
         }
         self._run = RLRun(RLConfig(**values), model.parent)
         self._run.begin(model / "no-checkpoints")
+        next_groups = self._run.collector.next_groups
+
+        def collect(step: int) -> Any:
+            with self.timed(self.rollout_seconds, self.rollout_cpu_seconds):
+                return next_groups(step)
+
+        self._run.collector.next_groups = collect
 
     def prompts(self, num: int) -> list[list[int]]:
         """Tokens of the first ``num`` prompts that the loop will ask."""
@@ -158,9 +181,8 @@ class Ours(Side):
         return [prompt_of(environment.task(0, number), self._run.tokenizer) for number in range(num)]
 
     def step(self) -> None:
-        metrics = self._run.train_step()
-        self.seconds.append(float(metrics["time/step_s"]))
-        self.rollout_seconds.append(float(metrics["time/collect_s"]))
+        with self.timed(self.seconds, self.cpu_seconds):
+            metrics = self._run.train_step()
         self.tokens.append(int(metrics["rl/sampled_tokens"]))
         self.reward.append(float(metrics["rl/reward"]))
 
@@ -200,21 +222,25 @@ def run_peer(
         raise SystemExit("a prompt is other tokens after decoding; the two sides would not do the same work")
 
     class Clock(transformers.TrainerCallback):
-        begun_s = 0.0
+        def __init__(self) -> None:
+            self._open = contextlib.ExitStack()
+
+        def _begin(self) -> None:
+            self._open.enter_context(side.timed(side.seconds, side.cpu_seconds))
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.begun_s = time.perf_counter()
+            self._begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            side.seconds.append(time.perf_counter() - self.begun_s)
+            self._open.close()
             between()
-            self.begun_s = time.perf_counter()
+            if len(side.seconds) < num_steps:
+                self._begin()
 
     class Trainer(trl.GRPOTrainer):
         def _generate_single_turn(self, *arguments: Any, **settings: Any) -> Any:
-            begun_s = time.perf_counter()
-            found = super()._generate_single_turn(*arguments, **settings)
-            side.rollout_seconds.append(time.perf_counter() - begun_s)
+            with side.timed(side.rollout_seconds, side.rollout_cpu_seconds):
+                found = super()._generate_single_turn(*arguments, **settings)
             side.tokens.append(sum(map(len, found[0])))
             return found
 
@@ -290,12 +316,18 @@ def measure(model: Path, shape: Shape, choices: list[tuple[str, int]], rounds: i
         if set(side.tokens) != {expected} or len(side.seconds) != num_steps:
             raise SystemExit(f"{name} made {side.tokens} tokens in {len(side.seconds)} steps, expected {expected} each")
     rows = {"openzaya": ours.row(), "trl": peer.row()}
+
+    def cpu_ratio(name: str) -> float:
+        return statistics.median(rows["trl"][name]) / statistics.median(rows["openzaya"][name])
+
     return {
         "prompts": shape[0],
         "group": shape[1],
         "new_tokens": shape[2],
         "trl_settings": {"experts": experts, "micro_batches": micro_batches},
         **rows,
+        "rollout_cpu_ratio": cpu_ratio("rollout_cpu_s"),
+        "step_cpu_ratio": cpu_ratio("step_cpu_s"),
         "rollout_ratio": rows["openzaya"]["rollout_tokens_per_s"] / rows["trl"]["rollout_tokens_per_s"],
         "steps_ratio": rows["openzaya"]["steps_per_h"] / rows["trl"]["steps_per_h"],
     }
@@ -322,7 +354,7 @@ def shape_of(text: str) -> Shape:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="a checkpoint with a tokenizer, in the native layout")
-    parser.add_argument("--shape", type=shape_of, nargs="+", default=[(4, 4, 64), (8, 8, 128), (16, 16, 192)])
+    parser.add_argument("--shape", type=shape_of, nargs="+", metavar="P,G,T")
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--experts", nargs="+", default=["grouped_mm", "eager"], help="of transformers")
@@ -333,7 +365,9 @@ def main() -> None:
     if arguments.rounds < 1:
         parser.error("--rounds: give 1 or more")
     if arguments.quick:
-        arguments.shape, arguments.rounds, arguments.micro_batches = [(4, 4, 32)], 1, [1]
+        arguments.rounds, arguments.micro_batches = 1, [1]
+        arguments.shape = arguments.shape or [(4, 4, 32)]
+    arguments.shape = arguments.shape or list(SHAPES)
     found = versions()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
@@ -372,7 +406,8 @@ def print_row(row: dict[str, Any]) -> None:
             f"    {name:10}{side['rollout_tokens_per_s']:12,.0f} rollout tokens/s{side['steps_per_h']:12,.0f} steps/h"
             f"    mean reward {side['mean_reward']:.2f}"
         )
-    print(f"    ratio     {row['rollout_ratio']:12.1f}{row['steps_ratio']:29.1f}", flush=True)
+    print(f"    ratio     {row['rollout_ratio']:12.1f}{row['steps_ratio']:29.1f}")
+    print(f"    CPU time  {row['rollout_cpu_ratio']:12.1f}{row['step_cpu_ratio']:29.1f}", flush=True)
 
 
 if __name__ == "__main__":

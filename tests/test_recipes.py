@@ -133,7 +133,8 @@ def test_the_clean_baseline_differs_from_sft_as_it_says() -> None:
     recipes = stages(RECIPES / "nano-clean")
     clean, sft = recipes["04-sft-clean"], recipes["04-sft"]
     for source in clean.data.sources:
-        assert source.wrong_share == 0
+        # Candidates of an aggregation prompt may be wrong; its target is right.
+        assert source.wrong_share == 0 or source.kind == "aggregation"
         assert getattr(source, "ignore_share", 0) == 0 and getattr(source, "useless_share", 0) == 0
     unchanged = {"families", "weight", "seed", "difficulties", "difficulty_weights", "num_candidates", "num_forms"}
     of_sft = {source.name or source.kind: source for source in sft.data.sources if source.name != "useless-tails"}

@@ -11,6 +11,7 @@ library sets other tasks.
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from typing import Any
@@ -29,6 +30,7 @@ MAX_DIFFICULTY = 1_000
 """Higher ones set the same tasks: libraries step through the levels."""
 _NUM_KEPT = 512
 _ENOUGH = 1.0 - 1e-6
+_ALTERNATIVES = re.compile(r"\b(?:or|either)\b|\|\||&&", re.IGNORECASE)
 
 
 class GeneratedService(ABC):
@@ -70,6 +72,11 @@ class GeneratedService(ABC):
         """A seed of 31 bits for a task."""
         text = f"{self._seed}/{name}/{difficulty}/{number}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def names_alternatives(answer: str, gold: str) -> bool:
+    """Whether an answer says "or" where the right one does not: some scorers read one part, or compute with it."""
+    return _ALTERNATIVES.search(answer) is not None and _ALTERNATIVES.search(gold) is None
 
 
 class GeneratedEnvironment(Environment):

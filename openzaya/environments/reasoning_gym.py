@@ -8,14 +8,13 @@ for a full score. The answer is all text after ``</think>``.
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from openzaya.environments.base import Environment
-from openzaya.environments.generated import GeneratedEnvironment, GeneratedService
+from openzaya.environments.generated import GeneratedEnvironment, GeneratedService, names_alternatives
 from openzaya.environments.names import choose_names
 from openzaya.environments.worker import Worker, WorkerFailure
 from openzaya.errors import DataError
@@ -23,12 +22,19 @@ from openzaya.errors import DataError
 PREFIX = "reasoning-gym"
 WITHOUT_TASKS = ("composite",)
 """Mixes other data sets, and has no tasks without being told which."""
+GUESSABLE = (
+    *("acre", "aiw", "binary_alternation", "calendar_arithmetic", "circuit_logic", "coin_flip", "count_bits"),
+    *("course_schedule", "family_relationships", "game_of_life_halting", "gcd", "isomorphic_strings", "largest_island"),
+    *("leg_counting", "letter_counting", "mahjong_puzzle", "maze", "modulo_grid", "n_queens", "number_sequence"),
+    *("polynomial_equations", "products", "ransom_note", "rectangle_count", "rotten_oranges", "self_reference"),
+    *("shortest_path", "syllogism", "time_intervals", "tower_of_hanoi", "tsumego"),
+)
+"""Their easiest tasks have one answer in more than an eighth of all cases (the first 64 of seed 0)."""
 _SIZES = (2_000, 50)
 _NUM_SETS = 256
 _COMMAS_MATTER = ("polynomial_equations",)
 _COMPARED_HERE = ("game_of_life_halting",)
 """Their scorers take any text for right: the answer must be the library's own, up to case and blanks."""
-_ALTERNATIVES = re.compile(r"\b(?:or|and|either)\b|\|\||&&", re.IGNORECASE)
 
 
 class ReasoningGymSpec(BaseModel):
@@ -40,10 +46,13 @@ class ReasoningGymSpec(BaseModel):
     names: list[str] = ["*"]
     """Data sets; ``*`` and ``?`` stand for any letters."""
     exclude: list[str] = []
+    guessable: bool = True
+    """False leaves the data sets of ``GUESSABLE`` out: lucky guesses among wrong answers mislead the policy."""
     seed: int = 0
 
     def make(self) -> list[Environment]:
-        return reasoning_gym_environments(self.names, exclude=self.exclude, seed=self.seed)
+        exclude = [*self.exclude, *(() if self.guessable else GUESSABLE)]
+        return reasoning_gym_environments(self.names, exclude=exclude, seed=self.seed)
 
 
 def reasoning_gym_environments(
@@ -144,7 +153,13 @@ class Service(GeneratedService):
             return 0.0
         if name in _COMPARED_HERE:
             return float(answer.casefold().split() == gold.casefold().split())
-        return data_set.score_answer(answer, entry)
+        try:
+            return data_set.score_answer(answer, entry)
+        except Exception:
+            # A scorer that cannot read this answer, and can read the right one, has judged it.
+            if isinstance(gold, str) and data_set.score_answer(gold, entry) == 1.0:
+                return 0.0
+            raise
 
     def gold(self, name: str, difficulty: int, number: int) -> str | None:
         """The library's own answer; None where it has none."""
@@ -156,7 +171,7 @@ def _offers_several(answer: str, gold: str, commas_matter: bool) -> bool:
     gold = gold.strip()
     if ("\n" in answer and "\n" not in gold) or (commas_matter and answer.count(",") > gold.count(",")):
         return True
-    if _ALTERNATIVES.search(answer) and not _ALTERNATIVES.search(gold):
+    if names_alternatives(answer, gold):
         return True
     words, wanted = (" ".join(word.strip(".,;:!?") for word in text.split()) for text in (answer, gold))
     return wanted != words and f" {wanted} " in f" {words} "

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from openzaya.environments.base import Environment
-from openzaya.environments.generated import GeneratedEnvironment, GeneratedService
+from openzaya.environments.generated import GeneratedEnvironment, GeneratedService, names_alternatives
 from openzaya.environments.names import choose_names
 from openzaya.environments.worker import Worker, WorkerFailure
 from openzaya.errors import DataError
@@ -107,6 +107,8 @@ class Service(GeneratedService):
         return environment.prompt_generator(), environment
 
     def _score(self, name: str, made: Any, answer: str) -> float:
+        if names_alternatives(answer, str(made.parameter.get("reference_answer", "or"))):
+            return 0.0
         return float(made.verifier(answer)["accuracy"])
 
     def gold(self, name: str, difficulty: int, number: int) -> str | None:

@@ -135,9 +135,12 @@ class RolloutEngine:
         def put(outcome: RequestOutput | EngineError) -> None:
             self._ended.put((order, begun, outcome))
 
-        self.num_in_flight += 1
         prompt = prompt_of(order.task, self._tokenizer)
-        self._engine.submit(prompt, sampling_params(order, self._config), order.num_rollouts, on_end=put)
+        try:
+            self._engine.submit(prompt, sampling_params(order, self._config), order.num_rollouts, on_end=put)
+        except EngineError as error:
+            raise _failed(order, error) from None
+        self.num_in_flight += 1
 
     def finished(self, timeout_s: float | None = None) -> list[Group]:
         """Groups that are finished and judged; waits for the first up to ``timeout_s``."""
@@ -151,7 +154,7 @@ class RolloutEngine:
     def _group(self, order: Order, begun: float, outcome: RequestOutput | EngineError) -> Group:
         self.num_in_flight -= 1
         if isinstance(outcome, EngineError):
-            raise TrainingError(f"order {order.number} ({order.task.environment}) could not be rolled out: {outcome}")
+            raise _failed(order, outcome)
         versions = [self._versions] * len(outcome.completions)
         rollouts = self._judge(order.task, outcome.completions, versions)
         prompt_tokens = np.array(outcome.prompt_tokens, dtype=np.int32)
@@ -169,6 +172,10 @@ class RolloutEngine:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _failed(order: Order, error: EngineError) -> TrainingError:
+    return TrainingError(f"order {order.number} ({order.task.environment}) could not be rolled out: {error}")
 
 
 class LocalPool:

@@ -88,6 +88,21 @@ def test_a_scorer_that_takes_any_text_is_replaced(environments: dict[str, Enviro
         assert environment.verify(task, response).reward == 0.0
 
 
+def test_a_scorer_that_cannot_read_an_answer_has_judged_it(environments: dict[str, Environment]) -> None:
+    environment = environments["reasoning-gym/prime_factorization"]
+    task = environment.task(0, 1)
+    assert environment.verify(task, str(gold(environment, task))).reward == 1.0
+    assert environment.verify(task, "no numbers here").reward == 0.0
+
+
+def test_data_sets_whose_answers_can_be_guessed_can_be_left_out(environments: dict[str, Environment]) -> None:
+    hard_to_guess = ReasoningGymSpec(guessable=False).make()
+    left_out = environments.keys() - {environment.name for environment in hard_to_guess}
+    assert left_out == {f"reasoning-gym/{name}" for name in adapter.GUESSABLE}
+    for environment in hard_to_guess:
+        environment.close()
+
+
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'openzaya\[environments\]'"):

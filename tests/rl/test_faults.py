@@ -95,13 +95,13 @@ def test_three_worker_kills_and_two_learner_kills(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_worker_kills_and_ten_learner_kills(tmp_path):
-    """Within noise: the disturbed run's end reward is no further from the mean of four undisturbed seeds than three
-    standard deviations of the difference, s * sqrt(1 + 1/4), with s at least 0.02."""
-    steps = 120
+    """Within noise: the disturbed run's end reward is no further from the mean of three undisturbed seeds than
+    three standard deviations of the difference, s * sqrt(1 + 1/3), with s at least 0.02."""
+    steps = 80
     pipeline = {"workers": 2, "publish_every": 2, "max_staleness": 2}
     values = {"steps": steps, "checkpoint_every": 3, "prompts_per_step": 8, "pipeline": pipeline}
     ends = []
-    for seed in range(4):
+    for seed in range(3):
         directory = tmp_path / f"01-undisturbed-{seed}"
         with learner(directory, seed=seed, **values) as process:
             assert wait_until(lambda: False, process, limit_s=1800) is False
@@ -114,6 +114,7 @@ def test_twenty_worker_kills_and_ten_learner_kills(tmp_path):
     kills = run_with_kills(disturbed, points[:20], points[20:], seed=0, **values)
     assert [what for what, _ in kills].count("worker") == 20 and [what for what, _ in kills].count("learner") == 10
     assert_whole(disturbed, steps, 8)
+    print(f"end reward: disturbed {end_reward(disturbed):.3f}, undisturbed {ends}; killed {kills}")
     bound = 3 * max(statistics.stdev(ends), 0.02) * (1 + 1 / len(ends)) ** 0.5
     assert abs(end_reward(disturbed) - statistics.mean(ends)) <= bound, (end_reward(disturbed), ends)
 

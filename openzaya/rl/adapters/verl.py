@@ -19,6 +19,7 @@ Shape suffixes: B responses, T tokens of a response, P prompts, G responses a pr
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -155,7 +156,8 @@ def _settings(config: Any, num_responses: int) -> tuple[float, float, int, int]:
     """Delta, cap, rollouts of the step, ranks that gradients are averaged over."""
     if config is None:
         return 0.1, 20.0, max(1, num_responses), 1
-    deltas = {getattr(config, name, None) for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high")} - {None}
+    found = [getattr(config, name, None) for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high")]
+    deltas = {float(value) for value in found if value is not None}
     if len(deltas) != 1:
         raise ConfigError(
             f"clip_ratio, clip_ratio_low and clip_ratio_high are {sorted(deltas)} with openzaya_dppo, whose mask has "
@@ -169,7 +171,7 @@ def _settings(config: Any, num_responses: int) -> tuple[float, float, int, int]:
     if batch.get("loss_scale_factor") is not None:
         raise ConfigError("loss_scale_factor with openzaya_dppo, which would ignore it; leave it out")
     num_rollouts = max(1, num_responses) if whole is None else int(whole)
-    return float(deltas.pop()), float(getattr(config, "clip_ratio_c", 20.0)), num_rollouts, num_ranks
+    return deltas.pop(), float(getattr(config, "clip_ratio_c", 20.0)), num_rollouts, num_ranks
 
 
 ADVANTAGES = {"openzaya_maxrl": maxrl_advantages, "openzaya_grpo": grpo_advantages}
@@ -187,8 +189,8 @@ def register(core_algos: Any = None) -> None:
     """
     if core_algos is None:
         import verl
-        from verl.trainer.ppo import core_algos
 
+        core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
         version = getattr(verl, "__version__", "unknown")
         if not version.startswith(TRIED_VERSIONS):
             log.warning("verl %s: OpenZAYA's plugin was tried with %sx only", version, TRIED_VERSIONS)
