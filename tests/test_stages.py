@@ -219,7 +219,7 @@ def test_a_failed_stage_says_so_and_can_be_repaired(pipeline, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "kind=None; set kind to one of: tokenizer, train, eval"),
+        ("", "kind=None; set kind to one of: tokenizer, train, reward_model, rl"),
         ('kind = "dance"', "kind='dance'; set kind to one of"),
         ("kind = ", "is not valid TOML"),
         ('base = "other.toml"', "cannot read recipe"),

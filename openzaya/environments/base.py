@@ -65,6 +65,7 @@ class Environment(ABC):
 
     def close(self) -> None:
         """End processes that belong to it."""
+        return
 
 
 def check_difficulty(difficulty: int) -> None:

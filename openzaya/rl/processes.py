@@ -253,7 +253,7 @@ class ProcessPool:
             self._heard(place, message)
         silence_s = now - place.last_heard_s
         if how is None and place.channel.is_ended:
-            how = _end_of(place.process) or "closed its channel"
+            how = _end_of(place.process) or "is ending"
         if how is not None:
             self._lost(place, now, how)
         elif silence_s > (self._hang_limit_s if place.is_ready else START_LIMIT_S):
