@@ -253,7 +253,7 @@ class ProcessPool:
             self._heard(place, message)
         silence_s = now - place.last_heard_s
         if how is None and place.channel.is_ended:
-            how = _end_of(place.process) or "is ending"
+            how = _end_of(place.process, wait_s=0.5) or "closed its channel"
         if how is not None:
             self._lost(place, now, how)
         elif silence_s > (self._hang_limit_s if place.is_ready else START_LIMIT_S):
@@ -302,12 +302,17 @@ class ProcessPool:
             channel.send(encode(("orders", orders)))
 
 
-def _end_of(process: Any) -> str | None:
-    """How a process has ended; None while it lives. It is not waited for: its id stays its own."""
-    try:
-        found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return "ended"
+def _end_of(process: Any, wait_s: float = 0) -> str | None:
+    """How a process has ended; None while it lives. Its exit code is not taken: its id stays its own."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return "ended"
+        if found is not None or time.monotonic() >= until:
+            break
+        time.sleep(0.01)
     if found is None:
         return None
     if found.si_code == os.CLD_EXITED:

@@ -11,11 +11,14 @@ or collects. ``RAY_ADDRESS`` names the cluster; without it one is started on thi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +132,8 @@ class RayPool:
         self._owns_cluster = not ray.is_initialized()
         if self._owns_cluster:
             try:
-                ray.init(**_cluster(num_workers * setup.threads))
+                with _own_signals():
+                    ray.init(**_cluster(num_workers * setup.threads))
             except Exception as error:
                 raise ConfigError(f"Ray does not start ({error}); see RAY_ADDRESS, or choose another pool") from None
         self._setup, self._threads, self._hang_limit_s = pickle.dumps(setup), setup.threads, hang_limit_s
@@ -234,6 +238,19 @@ class RayPool:
                 f"the last one {how}"
             )
         self._start(place)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray puts its own in place, and the learner would end without saving."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _cluster(num_cpus: int) -> dict[str, Any]:
