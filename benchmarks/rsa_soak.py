@@ -280,14 +280,10 @@ KINDS = {
 
 
 async def one_request(side: Side, client: httpx.AsyncClient, draw: random.Random, kind: str) -> None:
-    if kind == "rsa":
-        await whole(side, client, kind, rsa_body(draw))
-    elif kind == "rsa stream":
-        await streamed(side, client, kind, rsa_body(draw, stream=True))
-    elif kind == "plain":
-        await whole(side, client, kind, plain_body(draw, stream=False))
-    elif kind == "plain stream":
-        await streamed(side, client, kind, plain_body(draw, stream=True))
+    if kind.startswith(("rsa", "plain")):
+        stream = kind.endswith("stream")
+        body = (rsa_body if kind.startswith("rsa") else plain_body)(draw, stream=stream)
+        await (streamed if stream else whole)(side, client, kind, body)
     elif kind.startswith("left"):
         await left(side, client, draw, is_rsa=kind == "left rsa")
     elif kind == "again":

@@ -132,50 +132,9 @@ def _build_source(config: SourceConfig, tokenizer: PreTrainedTokenizerFast, cont
             messages_field=config.messages_field,
             name=name,
         )
-    if isinstance(config, ProblemsConfig):
-        return ProblemSource(
-            tokenizer,
-            config.families,
-            config.difficulties,
-            seed=config.seed,
-            wrong_share=config.wrong_share,
-            habit_share=config.habit_share,
-            difficulty_weights=config.difficulty_weights,
-            style=config.style,
-            context_length=context_length,
-            name=name,
-        )
-    if isinstance(config, InstructionsConfig):
-        return InstructionSource(
-            tokenizer,
-            config.families,
-            config.difficulties,
-            seed=config.seed,
-            num_forms=config.num_forms,
-            forms=config.forms,
-            ignore_share=config.ignore_share,
-            wrong_share=config.wrong_share,
-            habit_share=config.habit_share,
-            difficulty_weights=config.difficulty_weights,
-            style=config.style,
-            context_length=context_length,
-            name=name,
-        )
-    return AggregationSource(
-        tokenizer,
-        config.families,
-        config.difficulties,
-        seed=config.seed,
-        num_candidates=config.num_candidates,
-        pool_size=config.pool_size,
-        tau=config.tau,
-        cut_share=config.cut_share,
-        useless_share=config.useless_share,
-        wrong_share=config.wrong_share,
-        habit_share=config.habit_share,
-        difficulty_weights=config.difficulty_weights,
-        prompt_style=config.prompt_style,
-        style=config.style,
-        context_length=context_length,
-        name=name,
-    )
+    # The settings of generated sources are called as the sources' own arguments are.
+    settings = config.model_dump(exclude={"kind", "name", "weight", "families", "difficulties"})
+    source = {"problems": ProblemSource, "aggregation": AggregationSource, "instructions": InstructionSource}[
+        config.kind
+    ]
+    return source(tokenizer, config.families, config.difficulties, context_length=context_length, name=name, **settings)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -104,7 +106,7 @@ def run_jobs(jobs: Sequence[Job], num_processes: int) -> Iterator[tuple[Job, Out
         yield from ((job, run_job(job)) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, initializer=_use_one_thread) as pool:
+    with ProcessPoolExecutor(num_processes, context, initializer=_begin_process) as pool:
         pending = {pool.submit(run_job, job): job for job in jobs}
         try:
             for future in as_completed(pending):
@@ -120,10 +122,19 @@ def run_jobs(jobs: Sequence[Job], num_processes: int) -> Iterator[tuple[Job, Out
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _use_one_thread() -> None:
+def _begin_process() -> None:
+    """One thread, and no life after the process that asks, however that ended."""
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run_job(job: Job) -> Outcome:

@@ -1,11 +1,11 @@
 """The reward of the behavioural stage (arXiv 2605.05365): how good a response is, where it obeys.
 
-    chat                   z                                   z: normalised score, clipped to +-3
+    chat                   sigmoid(z) * 1[has an answer]       z: normalised score, clipped to +-3
     instruction following  sigmoid(z) * 1[all checkers pass]   above 0 only for what obeys
 
-z comes from a reward model (reward_model.py) or a judge (judge.py). A chat response without an answer has the lowest
-z. A checker or scorer without a verdict gives none, and the rollout is left out. Rewards are given a group at a time,
-for a judge compares; they go to GRPO's advantages, for which only differences inside a group count.
+z comes from a reward model (reward_model.py) or a judge (judge.py). 0 is the lowest reward everywhere: a verbatim loop
+gets it too. A checker or scorer without a verdict gives none, and the rollout is left out. Rewards are given a
+group at a time, for a judge compares; they go to GRPO's advantages, for which only differences inside a group count.
 """
 
 from __future__ import annotations
@@ -91,19 +91,14 @@ class BehaviourReward:
         if verdicts is not None and len(verdicts) != len(responses):
             raise DataError(f"{len(verdicts)} verdicts for {len(responses)} responses; give one each")
         if task.environment in self._chat:
-            return self._chat_rewards(task, responses)
-        if verdicts is None:
+            verdicts = [float(bool(split_response(response)[1])) for response in responses]
+        elif verdicts is None:
             verdicts = [self._verify(task, response) for response in responses]
         obeys = [place for place, verdict in enumerate(verdicts) if verdict == 1.0]
         rewards: list[float | None] = [None if verdict is None else 0.0 for verdict in verdicts]
         for place, score in zip(obeys, self._scores(task, [responses[place] for place in obeys]), strict=True):
             rewards[place] = None if score is None else positive(score)
         return rewards
-
-    def _chat_rewards(self, task: Task, responses: Sequence[str]) -> list[float | None]:
-        has_answer = [bool(split_response(response)[1]) for response in responses]
-        scores = iter(self._scores(task, [text for text, has in zip(responses, has_answer, strict=True) if has]))
-        return [next(scores) if has else -LARGEST_SCORE for has in has_answer]
 
     def _scores(self, task: Task, responses: Sequence[str]) -> list[float | None]:
         if not responses:

@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not hidden.shape[0]:
                 d_head.zero_()
         total = hidden.new_zeros(())
-        largest = max(1, min(BLOCK_TOKENS, BLOCK_BYTES // (4 * head.shape[0])))
+        largest = _largest_block(head)
         run: Callable[..., Tensor] = _block_cross_entropy
         if kernels.suits(hidden, head):
             # Logits of a large vocabulary take the same memory however many tokens a step supervises.
@@ -86,6 +86,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = None if d_hidden is None else d_hidden.to(hidden_dtype)
         d_head = None if d_head is None else d_head.to(head_dtype)
         return d_hidden, d_head, None, None
+
+
+def _largest_block(head_VD: Tensor) -> int:
+    """Tokens whose logits are made at once."""
+    return max(1, min(BLOCK_TOKENS, BLOCK_BYTES // (4 * head_VD.shape[0])))
 
 
 def _blocks(tokens: int, largest: int) -> list[tuple[int, int]]:
@@ -136,7 +141,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden_ND, head_VD, targets_N):  # type: ignore[no-untyped-def]
         hidden, head = hidden_ND.float(), head_VD.float()
         logprobs, entropies, normalisers = (hidden.new_empty(hidden.shape[0]) for _ in range(3))
-        for start, end in _logit_blocks(hidden, head):
+        for start, end in _blocks(hidden.shape[0], _largest_block(head)):
             logits_NV = hidden[start:end] @ head.T
             normalisers[start:end] = logits_NV.logsumexp(dim=1)
             logits_NV.sub_(normalisers[start:end, None])
@@ -152,15 +157,10 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         hidden_ND, head_VD, targets_N, normalisers = ctx.saved_tensors
         hidden, head = hidden_ND.float(), head_VD.float()
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
-        for start, end in _logit_blocks(hidden, head):
+        for start, end in _blocks(hidden.shape[0], _largest_block(head)):
             weights_N1 = d_logprobs_N[start:end, None]
             d_logits_NV = (hidden[start:end] @ head.T).sub_(normalisers[start:end, None]).exp_().mul_(-weights_N1)
             d_logits_NV.scatter_add_(1, targets_N[start:end, None], weights_N1)
             torch.mm(d_logits_NV, head, out=d_hidden[start:end])
             d_head.addmm_(d_logits_NV.T, hidden[start:end])
         return d_hidden.to(hidden_ND.dtype), d_head.to(head_VD.dtype), None
-
-
-def _logit_blocks(hidden_ND: Tensor, head_VD: Tensor) -> list[tuple[int, int]]:
-    """Bounds of the blocks that :data:`BLOCK_TOKENS` and :data:`BLOCK_BYTES` allow."""
-    return _blocks(hidden_ND.shape[0], max(1, min(BLOCK_TOKENS, BLOCK_BYTES // (4 * head_VD.shape[0]))))

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -217,3 +222,22 @@ def test_few_samples_are_kept_of_each_model_and_family(tmp_path: Path) -> None:
 
 def test_one_process_works_in_this_one() -> None:
     assert list(run_jobs([], 1)) == []
+
+
+def test_processes_end_with_the_one_that_asks_however_it_ends() -> None:
+    code = (
+        "import multiprocessing, os, signal\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from openzaya.eval.cascade_jobs import _begin_process\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, initializer=_begin_process)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert asked.returncode == -signal.SIGKILL, asked.stderr
+    child, until = int(asked.stdout), time.monotonic() + 30
+    while Path(f"/proc/{child}").exists() and b"Z" not in Path(f"/proc/{child}/stat").read_bytes().split()[2:3]:
+        assert time.monotonic() < until, os.kill(child, signal.SIGKILL) or "it outlived the process that asks"
+        time.sleep(0.05)

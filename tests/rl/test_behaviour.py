@@ -77,7 +77,8 @@ def test_a_chat_takes_the_score_and_no_answer_is_the_worst() -> None:
     scorer = Lengths()
     responses = ["<think>a</think>fine", "<think>endless", "", "ax", "b" * 500]
     found = reward(scorer).score_group(CHAT.task(0, 0), responses)
-    assert found == [pytest.approx(2.0), -LARGEST_SCORE, -LARGEST_SCORE, None, LARGEST_SCORE]
+    assert found == [pytest.approx(positive(2.0)), 0.0, 0.0, None, positive(LARGEST_SCORE)]
+    assert min(positive(-LARGEST_SCORE), found[0]) > 0, "a verbatim loop's 0 must be the lowest"
     assert scorer.asked == [[responses[0], responses[3], responses[4]]]
 
 
