@@ -1,7 +1,7 @@
 """RL on the CPU: OpenZAYA's loop against TRL's GRPOTrainer, one step of each in turn.
 
     python benchmarks/rl_step.py [MODEL] [--shape P,G,T ...] [--rounds N] [--threads N] [--experts NAME ...]
-                                 [--micro-batches N ...] [--whole] [--quick] [--json]
+                                 [--micro-batches N ...] [--workers N] [--whole] [--quick] [--json]
 
 A step rolls out G responses of up to T tokens to each of P prompts, judges them, and updates the policy once. Both
 sides start from the same checkpoint (a random model of the ``nano`` preset, unless MODEL is given; one that
@@ -11,16 +11,17 @@ Lengths are real: a response ends with its turn, and tokens are counted up to th
 no turn ends before T tokens on either side: nothing is padded then, and no place in a batch runs empty.
 
     ours    the loop as the recipes run it: one process, in turns; router replay, DPPO's mask against the sampler's log
-            probabilities, Muon without momentum and AdamW, engine-trainer agreement measured every step
+            probabilities, Muon without momentum and AdamW, engine-trainer agreement measured every step. With
+            ``--workers N`` the rollouts are made by N processes of one thread each, still in turns with the learner
     TRL     ``model.generate`` for all rollouts at once with a cache, fused AdamW; no gradient checkpointing, entropy or
             logs; no log probabilities of the sampler, as its default makes do without for one update a batch. Each of
             ``--experts`` with each of ``--micro-batches`` is tried for a step, and the fastest is timed
 
 Rollout tokens/s are sampled tokens over the seconds from prompts to rollouts: ours with judging, TRL's without. Steps/h
-are whole steps. Ratios of CPU time (of all threads) are printed beside them: a machine's other work hardly changes
-these, and they say nothing of how well threads are used. Steps of the two sides alternate in one process; the first of
-each is not counted. TRL is not among OpenZAYA's dependencies: ``pip install trl accelerate datasets``, beside it or in
-an environment of its own.
+are whole steps. Ratios of CPU time (of all threads) are printed beside them where one process does it all: a machine's
+other work hardly changes these, and they say nothing of how well threads are used. Steps of the two sides alternate in
+one process; the first of each is not counted. TRL is not among OpenZAYA's dependencies: ``pip install trl accelerate
+datasets``, beside it or in an environment of its own.
 
 The last line is one JSON object; a run without --quick also writes benchmarks/results/rl_step.json.
 """
@@ -146,7 +147,7 @@ class Side:
 class Ours(Side):
     """OpenZAYA's loop."""
 
-    def __init__(self, model: Path, shape: Shape) -> None:
+    def __init__(self, model: Path, shape: Shape, workers: int) -> None:
         super().__init__()
         num_prompts, group, num_tokens = shape
         values: dict[str, Any] = {
@@ -156,6 +157,7 @@ class Ours(Side):
             "sources": [{"name": "parity", "environments": [ParitySpec()], "difficulties": (0, 0)}],
             "rollout": {"group_size": group, "max_new_tokens": num_tokens, "canary": "off"},
             "algorithm": {"advantage": "grpo", "drop_equal_groups": False},
+            "pipeline": {"workers": workers, "publish_every": 1, "max_staleness": 0},
             "optimizer": {
                 "muon_learning_rate": LEARNING_RATE,
                 "adamw_learning_rate": LEARNING_RATE,
@@ -296,12 +298,12 @@ def run_peer(
 
 
 def measure(
-    model: Path, shape: Shape, choices: list[tuple[str, int]], rounds: int, *, whole: bool = False
+    model: Path, shape: Shape, choices: list[tuple[str, int]], rounds: int, *, whole: bool = False, workers: int = 0
 ) -> dict[str, Any]:
     """One shape: steps of both sides in turn, TRL with the choice whose second step is the fastest."""
     num_steps = rounds + 1
     with whole_lengths() if whole else contextlib.nullcontext():
-        ours = Ours(model, shape)
+        ours = Ours(model, shape, workers)
         try:
             prompts = ours.prompts(shape[0] * num_steps)
             choices = [choice for choice in choices if shape[0] * shape[1] % choice[1] == 0] or [(choices[0][0], 1)]
@@ -332,8 +334,9 @@ def measure(
         "whole_lengths": whole,
         "trl_settings": {"experts": experts, "micro_batches": micro_batches},
         **rows,
-        "rollout_cpu_ratio": cpu_ratio("rollout_cpu_s"),
-        "step_cpu_ratio": cpu_ratio("step_cpu_s"),
+        "workers": workers,
+        "rollout_cpu_ratio": None if workers else cpu_ratio("rollout_cpu_s"),
+        "step_cpu_ratio": None if workers else cpu_ratio("step_cpu_s"),
         "rollout_ratio": rows["openzaya"]["rollout_tokens_per_s"] / rows["trl"]["rollout_tokens_per_s"],
         "steps_ratio": rows["openzaya"]["steps_per_h"] / rows["trl"]["steps_per_h"],
     }
@@ -365,12 +368,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--experts", nargs="+", default=["grouped_mm", "eager"], help="of transformers")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4], help="of a step of TRL")
+    parser.add_argument("--workers", type=int, default=0, help="rollout processes of ours; not with --whole")
     parser.add_argument("--whole", action="store_true", help="every rollout has T tokens")
     parser.add_argument("--quick", action="store_true", help="one small shape, one round; writes no file")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds: give 1 or more")
+    whole = arguments.whole or arguments.model is None
+    if arguments.workers < 0 or (arguments.workers and whole):
+        parser.error(
+            f"--workers {arguments.workers}: give 0 or more, and with rollout processes a MODEL without --whole"
+        )
     if arguments.quick:
         arguments.rounds, arguments.micro_batches = 1, [1]
         arguments.shape = arguments.shape or [(4, 4, 32)]
@@ -384,8 +393,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model or write_model(Path(directory))
         for shape in arguments.shape:
-            whole = arguments.whole or arguments.model is None
-            rows.append(measure(model, shape, choices, arguments.rounds, whole=whole))
+            rows.append(measure(model, shape, choices, arguments.rounds, whole=whole, workers=arguments.workers))
             if not arguments.json:
                 print_row(rows[-1])
     result = circumstances() | {"versions": found, "threads": arguments.threads, "rounds": arguments.rounds}
@@ -415,7 +423,9 @@ def print_row(row: dict[str, Any]) -> None:
             f"    {side['tokens_a_step']:,.0f} tokens a step"
         )
     print(f"    ratio     {row['rollout_ratio']:12.1f}{row['steps_ratio']:29.1f}")
-    print(f"    CPU time  {row['rollout_cpu_ratio']:12.1f}{row['step_cpu_ratio']:29.1f}", flush=True)
+    if not row["workers"]:
+        print(f"    CPU time  {row['rollout_cpu_ratio']:12.1f}{row['step_cpu_ratio']:29.1f}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -206,6 +206,7 @@ class RLRun:
             "train_seconds": round(self.seconds, 1),
             "sampled_tokens": self.sampled_tokens,
             "orders": self.prompts.num_orders,
+            "eased_orders": self.prompts.num_eased,
             "difficulties": online,
         }
 

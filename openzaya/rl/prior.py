@@ -95,7 +95,7 @@ def calibrate(
                 if (task := prompts.task(source.name, name, level, FIRST_NUMBER + query)) is not None:
                     break
             if task is None:
-                raise DataError(f"{name}: no level has a prompt that fits; raise window_tokens")
+                raise DataError(f"{name}: no level has a prompt that fits or can be made; raise window_tokens")
             orders.append(_order(next(numbers), source, task, prior, seed))
         for group in _roll(pool, orders):
             if group.verdicts:

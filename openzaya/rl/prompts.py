@@ -36,7 +36,8 @@ class PromptStream:
     """Makes orders and learns from finished groups; ``state_dict`` is part of a checkpoint.
 
     Args:
-        max_prompt_tokens: longer prompts are replaced by easier ones of the same environment.
+        max_prompt_tokens: where a prompt is longer, or an environment cannot set the task (a generator that fails or
+            takes too long), an easier task of the same environment takes its place.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class PromptStream:
         self._seed = seed
         self.num_orders = 0
         self.num_eased = 0
-        """Tasks that were replaced by easier ones, because their prompts were too long."""
+        """Tasks that were replaced by easier ones, because their prompts were too long or could not be made."""
 
     @property
     def environments(self) -> dict[str, Environment]:
@@ -75,9 +76,21 @@ class PromptStream:
         return Order(number, name, form, task, self._group_size, seed)
 
     def task(self, source: str, environment: str, difficulty: int, number: int) -> Task | None:
-        """A task to measure with, outside the stream; None where its prompt is too long."""
-        task = self.sources[source].environments[environment].task(difficulty, number)
-        return task if self._fits(task) else None
+        """A task to measure with, outside the stream; None where its prompt is too long or cannot be made."""
+        return self._task(self.sources[source].environments[environment], difficulty, number)[0]
+
+    def _task(self, environment: Environment, difficulty: int, number: int) -> tuple[Task | None, str]:
+        """A task that can be asked, or why there is none."""
+        try:
+            task = environment.task(difficulty, number)
+        except DataError as error:
+            return None, str(error)
+        if self._fits(task):
+            return task, ""
+        return None, (
+            f"{environment.name}: a prompt of difficulty {difficulty} is longer than {self._max_prompt_tokens} tokens, "
+            "what window_tokens and rollout.max_new_tokens leave; raise window_tokens or drop the environment"
+        )
 
     def _fits(self, task: Task) -> bool:
         return len(prompt_of(task, self._tokenizer)) <= self._max_prompt_tokens
@@ -104,19 +117,14 @@ class PromptStream:
             self.sources[name].load_state_dict(values)
 
     def _plain(self, state: _SourceState, rng: random.Random) -> Task:
-        environment, difficulty = state.draw(rng)
-        wanted = difficulty
-        while True:
-            task = environment.task(difficulty, state.next_number(environment.name, difficulty))
-            if self._fits(task):
+        environment, wanted = state.draw(rng)
+        trouble = ""
+        for difficulty in range(wanted, -1, -1):
+            task, trouble = self._task(environment, difficulty, state.next_number(environment.name, difficulty))
+            if task is not None:
                 self.num_eased += difficulty < wanted
                 return task
-            if difficulty == 0:
-                raise DataError(
-                    f"{environment.name}: a prompt of difficulty 0 is longer than {self._max_prompt_tokens} tokens, "
-                    "what window_tokens and rollout.max_new_tokens leave; raise window_tokens or drop the environment"
-                )
-            difficulty -= 1
+        raise DataError(trouble)
 
     def _aggregation(self, state: _SourceState, rng: random.Random) -> tuple[Form, Task] | None:
         """An aggregation prompt, where one is due and can be made."""

@@ -107,6 +107,24 @@ def test_prompts_that_are_too_long_become_easier(tokenizer):
         stream(tokenizer, source(), max_prompt_tokens=3).next()
 
 
+def test_tasks_that_cannot_be_set_become_easier(tokenizer, monkeypatch):
+    one = stream(tokenizer, source(environments=problems("sorting"), difficulties=(5, 5)))
+    (environment,) = one.environments.values()
+    original = environment.task
+
+    def task(difficulty, number):
+        if difficulty > 3:
+            raise DataError(f"the generator took too long for difficulty {difficulty}")
+        return original(difficulty, number)
+
+    monkeypatch.setattr(environment, "task", task)
+    assert one.next().task.difficulty == 3 and one.num_eased == 1
+    assert one.task("a", environment.name, 4, 0) is None and one.task("a", environment.name, 3, 0) is not None
+    monkeypatch.setattr(environment, "task", lambda difficulty, number: task(9, number))
+    with pytest.raises(DataError, match="took too long for difficulty 9"):
+        one.next()
+
+
 def test_state_continues_the_stream(tokenizer):
     recipe = (
         source("a", curriculum="online", start=1, aggregation={"tails_share": 0.4}),
