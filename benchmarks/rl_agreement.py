@@ -58,7 +58,7 @@ def roll_out(path: Path, dtype: str, quantize: str | None, num_prompts: int, gro
     config = RolloutConfig(group_size=max(2, group), max_new_tokens=200)
     settings = {"quantize": quantize}
     engine = RolloutEngine(
-        hf.load(path, dtype=dtype), load_tokenizer(path), environments, config, engine_settings=settings
+        hf.load(path, dtype=dtype), load_tokenizer(path), {"a": environments}, config, engine_settings=settings
     )
     orders = []
     for number in range(num_prompts):

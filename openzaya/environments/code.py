@@ -8,7 +8,8 @@
 
 Seeds are generated, or come from a file of the user's (``openzaya.problems.code_seeds``); of a file's seeds a task has
 those of the highest difficulty that is not above its own. Nothing that is asked for can be guessed: an output, or a
-program to falsify, is taken only where at most ``max_guess_rate`` of random inputs give it, or show it wrong.
+program to falsify, is taken only where at most ``max_guess_rate`` of random inputs give it, or show it wrong; a seed
+with fewer than ``1 / max_guess_rate`` valid inputs makes no such task.
 
 A program of the model's that fails, in whatever way, earns 0, if the accepted program passes in the same sandbox; where
 that fails too, or the sandbox itself does, there is no verdict.
@@ -21,8 +22,8 @@ import itertools
 import random
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,7 @@ from openzaya.problems.verify import UNCLOSED_REASONING, split_response
 from openzaya.sandbox import Limits
 
 NUM_SAMPLES = 64
+"""Random inputs that tell what can be guessed."""
 _MAX_SEEDS_TRIED = 64
 _BACKGROUND_SECONDS = 1.0
 """Wall time for each input where many are run to get to know a seed."""
@@ -83,6 +85,29 @@ def file_seeds(path: str | Path) -> SeedSource:
     return candidates
 
 
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A valid input and what the accepted program does on it."""
+
+    given: str
+    output: Output
+    num_drawn: int
+    """How many of the random inputs are this one; 0 for tests that none is."""
+
+
+def _guess_rate(cases: Sequence[_Case], is_right: Sequence[bool]) -> float:
+    """The share of random inputs that are right, where one of the cases is.
+
+    Counted as they were drawn, as short inputs may come often; and each once, which is exact where there are so few
+    inputs that all were drawn. Tests do not count, being made to show programs wrong.
+    """
+    drawn = [(case.num_drawn, right) for case, right in zip(cases, is_right, strict=True) if case.num_drawn]
+    if not drawn:
+        return 1.0
+    as_drawn = sum(num for num, right in drawn if right) / sum(num for num, _ in drawn)
+    return max(as_drawn, sum(right for _, right in drawn) / len(drawn), 1 / len(cases))
+
+
 class _CodeEnvironment(Environment):
     """What the five have in common."""
 
@@ -91,7 +116,7 @@ class _CodeEnvironment(Environment):
     ) -> None:
         self.name = name
         self._seeds, self._seed, self._limits, self._max_guess_rate = seeds, seed, limits, max_guess_rate
-        self._known: dict[str, list[tuple[str, Output]]] = {}
+        self._known: dict[str, list[_Case]] = {}
 
     def task(self, difficulty: int, number: int) -> Task:
         check_difficulty(difficulty)
@@ -128,11 +153,11 @@ class _CodeEnvironment(Environment):
     @abstractmethod
     def _judge(self, data: dict[str, Any], answer: str) -> Verdict: ...
 
-    def _known_outputs(self, seed: CodeSeed) -> list[tuple[str, Output]]:
-        """Inputs, drawn from the schema and those of the tests, with what the accepted program prints on them."""
+    def _known_cases(self, seed: CodeSeed) -> list[_Case]:
+        """The inputs of the tests and those drawn from the schema, each once."""
         if seed.name not in self._known:
             rng = random.Random(f"samples of {seed.name}")
-            drawn = [seed.input_schema.draw(rng) for _ in range(NUM_SAMPLES)]
+            drawn = Counter(seed.input_schema.draw(rng) for _ in range(NUM_SAMPLES))
             inputs = list(dict.fromkeys([*(seed.input_schema.normalise(test.input) for test in seed.tests), *drawn]))
             outputs = self._run_many(seed.accepted, inputs)
             for number, (test, output) in enumerate(zip(seed.tests, outputs, strict=False), start=1):
@@ -146,9 +171,10 @@ class _CodeEnvironment(Environment):
                         f"seed '{seed.name}': its accepted program {got} on test {number}, which wants "
                         f"{test.output!r:.80}; correct the program or the test"
                     )
+            cases = [_Case(given, output, drawn[given]) for given, output in zip(inputs, outputs, strict=True)]
             if seed.accepted.statements is not None:
-                return list(zip(inputs, outputs, strict=True))  # quick, and every task has another seed
-            self._known[seed.name] = list(zip(inputs, outputs, strict=True))
+                return cases  # quick, and every task has another seed
+            self._known[seed.name] = cases
         return self._known[seed.name]
 
     def _run_many(self, program: CodeProgram, inputs: list[str]) -> list[Output]:
@@ -157,16 +183,23 @@ class _CodeEnvironment(Environment):
 
     def _draw_case(self, seed: CodeSeed, rng: random.Random) -> tuple[str, str] | None:
         """An input and its output, which few random inputs have."""
-        known = [(given, output.text) for given, output in self._known_outputs(seed) if not output.failure]
-        counts = Counter(output for _, output in known)
-        rare = [case for case in known if case[1] and counts[case[1]] <= max(1, self._max_guess_rate * len(known))]
-        return rng.choice(rare) if rare else None
+        cases = [case for case in self._known_cases(seed) if not case.output.failure]
+        texts = [case.output.text for case in cases]
+        rare = {
+            text
+            for text in set(texts)
+            if text and _guess_rate(cases, [other == text for other in texts]) <= self._max_guess_rate
+        }
+        choices = [(case.given, text) for case, text in zip(cases, texts, strict=True) if text in rare]
+        return rng.choice(choices) if choices else None
 
 
 class _Programming(_CodeEnvironment):
     """Asks for a program; hidden tests decide."""
 
     _prompt: Callable[[CodeSeed], str]
+    _passed: tuple[str, list[CodeTest]] | None = None
+    """The accepted program that passed last, and its tests: a group's responses are judged one after another."""
 
     def _make(self, seed: CodeSeed, rng: random.Random) -> tuple[str, dict[str, Any]] | None:
         tests = [test.model_dump() for test in seed.hidden_tests]
@@ -188,11 +221,13 @@ class _Programming(_CodeEnvironment):
         passed = num_passed(outputs, tests)
         if passed == len(tests):
             return Verdict(1.0, "correct")
-        if any(output.failure in ("killed", "timeout") for output in outputs):
-            # The program's own doing only where another one passes here.
+        # The program's own doing only where the accepted one passes here; whether it does may depend on the moment.
+        is_passing = self._passed == (data["accepted"]["source"], tests)
+        if not is_passing or any(output.failure in ("killed", "timeout") for output in outputs):
             accepted = CodeProgram(source=data["accepted"]["source"])
             if num_passed(outputs_of(accepted, inputs, self._limits), tests) < len(tests):
                 return Verdict(None, "the accepted program failed in the sandbox, too")
+            self._passed = (accepted.source, tests)
         failure = next((output.failure for output in outputs if output.failure), "wrong output")
         return Verdict(0.0, f"{failure}: {passed} of {len(tests)} tests passed")
 
@@ -254,18 +289,14 @@ class Falsification(_CodeEnvironment):
     """Statement and wrong program to an input that shows it wrong."""
 
     def _make(self, seed: CodeSeed, rng: random.Random) -> tuple[str, dict[str, Any]] | None:
-        known = self._known_outputs(seed)
-        inputs = [given for given, _ in known]
-        num_drawn = max(1, len(known) - len(seed.tests))
+        cases = [case for case in self._known_cases(seed) if not case.output.failure]
         for wrong in rng.sample(seed.wrong, len(seed.wrong)):
-            outputs = self._run_many(wrong, inputs)
+            outputs = self._run_many(wrong, [case.given for case in cases])
             differs = [
-                not expected.failure and output.failure in ("", "error") and output != expected
-                for (_, expected), output in zip(known, outputs, strict=True)
+                output.failure in ("", "error") and output != case.output
+                for case, output in zip(cases, outputs, strict=True)
             ]
-            # Tests are made to show programs wrong; how easy it is to guess, random inputs tell.
-            guess_rate = sum(differs[len(seed.tests) :]) / num_drawn
-            if any(differs) and guess_rate <= self._max_guess_rate:
+            if any(differs) and _guess_rate(cases, differs) <= self._max_guess_rate:
                 data = {
                     "accepted": seed.accepted.model_dump(exclude_none=True),
                     "candidate": wrong.model_dump(exclude_none=True),
@@ -313,7 +344,8 @@ class CodeSpec(BaseModel):
     path: str = ""
     """A JSONL file of seeds; empty: generated ones."""
     seed: int = 0
-    max_guess_rate: float = Field(1 / 16, gt=0, le=1)
+    max_guess_rate: float = Field(1 / 16, ge=2 / NUM_SAMPLES, le=1)
+    """Share of random inputs; of fewer, so many samples tell nothing."""
     cpu_s: float = Field(2.0, gt=0)
     """Processor seconds of each test."""
     wall_s: float = Field(10.0, gt=0)

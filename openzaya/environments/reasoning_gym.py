@@ -2,7 +2,8 @@
 
 Difficulty d sets every attribute of a data set's curriculum to level min(d, its highest); a data set without a
 curriculum sets the same tasks at any difficulty. Many of its scorers give points for any text, so a reward is 1 only
-for a full score. The answer is all text after ``</think>``.
+for a full score. The answer is all text after ``</think>``. Of some data sets few answers are possible, and guessing
+pays: ``guessable = false`` leaves them out.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def run_calibration(recipe: Resolved[Any], directory: Path) -> dict[str, Any]:
             "rollouts": config.prior.rollouts,
             "seconds": round(time.perf_counter() - started, 1),
             "calibration": {
-                source: {environment: describe(one) for environment, one in fits.items()}
-                for source, fits in found.items()
+                source.name: {name: describe(one, source.max_difficulty) for name, one in found[source.name].items()}
+                for source in config.sources
             },
         }
         write_json(directory / "calibration.json", result)
@@ -143,8 +143,8 @@ class _Watched:
     def collect(self, timeout_s: float | None = None) -> list[Group]:
         groups = self._pool.collect(timeout_s)
         self.num_groups += len(groups)
-        self._right += sum(reward == 1 for group in groups for reward in group.rewards)
-        self._asked += sum(len(group.rewards) for group in groups)
+        self._right += sum(verdict == 1 for group in groups for verdict in group.verdicts)
+        self._asked += sum(len(group.verdicts) for group in groups)
         if groups:
             seconds = time.perf_counter() - self._began
             left = format_duration(seconds / self.num_groups * max(0, self._expected - self.num_groups))

@@ -69,9 +69,10 @@ class RSATest(_Section):
     n: int = Field(16, ge=1)
     c: int = Field(4, ge=1)
     t: int = Field(2, ge=1)
-    beta: int = Field(128, ge=1)
+    beta: int = Field(192, ge=1)
     tau: int = Field(64, ge=0)
-    final_budget: int = Field(160, ge=1)
+    final_budget: int = Field(224, ge=1)
+    """As many as ``max_new_tokens`` gives single rollouts: the last round is compared with them."""
     answer_budget: int = Field(32, ge=1)
     prompt_style: PromptStyle = "short"
 

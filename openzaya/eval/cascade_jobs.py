@@ -178,7 +178,8 @@ def _follow_instructions(model: Zaya, tokenizer: PreTrainedTokenizerFast, job: J
         responses = [str(tokenizer.decode(completion.tokens)) for completion in completions]
         num_tokens = sum(len(completion.tokens) for completion in completions)
         outcome.scores.append(instruction_score(task, responses, num_tokens))
-        outcome.samples.append(_instruction_sample(task, responses[0], config.temperature))
+        is_truncated = completions[0].finish_reason == "length"
+        outcome.samples.append(_instruction_sample(task, responses[0], config.temperature, is_truncated))
     return outcome
 
 
@@ -190,7 +191,7 @@ def instruction_score(task: Task, responses: Sequence[str], num_tokens: int) -> 
     return InstructionScore(_mean(strict), _mean(followed), num_tokens)
 
 
-def _instruction_sample(task: Task, response: str, temperature: float) -> dict[str, Any]:
+def _instruction_sample(task: Task, response: str, temperature: float, is_truncated: bool) -> dict[str, Any]:
     problem, forms = problem_and_forms(task)
     verdict = verify_forms(problem, forms, response)
     return {
@@ -202,7 +203,7 @@ def _instruction_sample(task: Task, response: str, temperature: float) -> dict[s
         "reward": verdict.reward,
         "reason": verdict.reason,
         "temperature": temperature,
-        "truncated": False,
+        "truncated": is_truncated,
     }
 
 

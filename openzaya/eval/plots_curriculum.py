@@ -82,7 +82,8 @@ def _calibration_drawing(name: str, source: str, fits: Mapping[str, Any]) -> Dra
         f"{name}_{re.sub(r'[^a-zA-Z0-9]+', '_', source)}",
         f"Pass rate against difficulty in the environments of {source}. Dots: groups that were observed, larger where "
         "several lie on each other; line: the fitted curve, shaded where its middle is uncertain by one standard "
-        "deviation; dashed: the difficulty at which half should be solved.",
+        "deviation; dashed: the difficulty to begin at, where half should be solved or, if that is lower, the highest "
+        "one allowed.",
         functools.partial(_calibration, fits),
     )
 

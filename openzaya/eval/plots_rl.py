@@ -89,7 +89,7 @@ def rl_plots(stages: Stages) -> list[Plot]:
         ),
         (
             "rl_agreement",
-            "Engine against trainer: KL divergence a token and 1 minus Pearson's r of the log probabilities. On tokens "
+            "Engine against trainer: KL divergence a token and 1 minus Pearson's r of the probabilities. On tokens "
             "of the trainer's own weights both are rounding; on all tokens, staleness is added.",
             _agreement,
         ),

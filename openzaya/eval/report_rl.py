@@ -241,8 +241,9 @@ def rl_section(stages: Sequence[Stage]) -> RLSection | None:
 
 def _stage_section(stage: Stage) -> RLStageSection:
     latest = list(reversed(stage.rollouts))
-    good = [entry for entry in latest if entry.get("reward") == 1]
-    bad = [entry for entry in latest if entry.get("reward") != 1]
+    # The verdict says what is right: a reward may be a score, or have been taken for a loop.
+    good = [entry for entry in latest if entry.get("verdict") == 1]
+    bad = [entry for entry in latest if entry.get("verdict") != 1]
     return RLStageSection(
         name=stage.name,
         plots=tuple(curriculum_plots(stage)),

@@ -67,6 +67,14 @@ class PolicyBatch:
         mask_BT[:, :-1] = self.is_sampled[:, 1:] & (self.document_ids[:, 1:] == self.document_ids[:, :-1])
         return mask_BT.reshape(-1)
 
+    @property
+    def was_run_N(self) -> Tensor:
+        """bool (N): positions whose token the sampler ran, so that it chose an expert: not a sequence's last one."""
+        mask_BT = self.document_ids >= 0
+        mask_BT[:, :-1] &= self.document_ids[:, 1:] == self.document_ids[:, :-1]
+        mask_BT[:, -1] = False
+        return mask_BT.reshape(-1)
+
     def of_next(self, values_BT: Tensor) -> Tensor:
         """``values_BT`` of the tokens that :attr:`predicts_N` predict, in the same order."""
         return values_BT.reshape(-1)[self.predicts_N.nonzero()[:, 0] + 1]

@@ -11,16 +11,17 @@ group at a time, for a judge compares; they go to GRPO's advantages, for which o
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from openzaya.environments.base import Environment, Task
+from openzaya.environments.base import Task
 from openzaya.errors import DataError
 from openzaya.problems.verify import split_response
 from openzaya.rl.judge import JudgeConfig
+from openzaya.rl.rollout import Environments
 
 LARGEST_SCORE = 3.0
 """Beyond it a score says more of the scorer than of the response."""
@@ -56,30 +57,28 @@ class BehaviourReward:
 
     Args:
         scorer: gives z.
-        environments: by name, those of the tasks that will be scored.
+        environments: names of those whose tasks will be scored.
         chat: names of those that have no say: z alone counts.
 
     Raises:
         DataError: a name in ``chat`` that is no environment's.
     """
 
-    def __init__(self, scorer: Scorer, environments: Mapping[str, Environment], *, chat: Collection[str] = ()) -> None:
+    def __init__(self, scorer: Scorer, environments: Collection[str], *, chat: Collection[str] = ()) -> None:
         unknown = sorted(set(chat) - set(environments))
         if unknown:
             raise DataError(
                 f"chat names {', '.join(unknown)}, no environments of this run; choose from: {', '.join(environments)}"
             )
-        self._scorer, self._environments, self._chat = scorer, dict(environments), frozenset(chat)
+        self._scorer, self._environments, self._chat = scorer, list(environments), frozenset(chat)
 
-    def score_group(
-        self, task: Task, responses: Sequence[str], *, verdicts: Sequence[float | None] | None = None
-    ) -> list[float | None]:
+    def score_group(self, task: Task, responses: Sequence[str], verdicts: Sequence[float | None]) -> list[float | None]:
         """The reward of each response to ``task``, None where there is no verdict.
 
         Args:
             task: one of an environment that was given.
             responses: whole texts, ``<think>reasoning</think>answer``.
-            verdicts: the environment's rewards of them, where they are known already.
+            verdicts: the environment's rewards of them.
 
         Raises:
             DataError: a task of another environment; another number of verdicts than of responses.
@@ -88,12 +87,10 @@ class BehaviourReward:
             raise DataError(
                 f"a task is of environment '{task.environment}'; this reward knows: {', '.join(self._environments)}"
             )
-        if verdicts is not None and len(verdicts) != len(responses):
+        if len(verdicts) != len(responses):
             raise DataError(f"{len(verdicts)} verdicts for {len(responses)} responses; give one each")
         if task.environment in self._chat:
             verdicts = [float(bool(split_response(response)[1])) for response in responses]
-        elif verdicts is None:
-            verdicts = [self._verify(task, response) for response in responses]
         obeys = [place for place, verdict in enumerate(verdicts) if verdict == 1.0]
         rewards: list[float | None] = [None if verdict is None else 0.0 for verdict in verdicts]
         for place, score in zip(obeys, self._scores(task, [responses[place] for place in obeys]), strict=True):
@@ -104,12 +101,6 @@ class BehaviourReward:
         if not responses:
             return []
         return [_clipped(score) for score in self._scorer.score_group(task.messages, responses)]
-
-    def _verify(self, task: Task, response: str) -> float | None:
-        try:
-            return self._environments[task.environment].verify(task, response).reward
-        except Exception:  # whatever goes wrong in an environment is no verdict
-            return None
 
 
 def positive(score: float) -> float:
@@ -123,22 +114,38 @@ def _clipped(score: float | None) -> float | None:
     return min(max(score, -LARGEST_SCORE), LARGEST_SCORE)
 
 
-def make_scorer(config: BehaviourConfig, stages: Path) -> Scorer:
-    """The scorer that ``config`` names; ``stages`` is where earlier stages' directories lie."""
+def make_scorer(
+    config: BehaviourConfig, stages: Path, device: str = "cpu", on_wait: Callable[[], None] = lambda: None
+) -> Scorer:
+    """The scorer that ``config`` names.
+
+    Args:
+        stages: where earlier stages' directories lie.
+        device: a reward model's.
+        on_wait: called again and again while a judge is being asked.
+    """
     if config.judge is not None:
         from openzaya.rl.judge import Judge
 
-        return Judge(config.judge)
+        return Judge(config.judge, on_wait=on_wait)
     from openzaya.rl.reward_model import RewardModel
     from openzaya.train.loop import stage_path
 
-    return RewardModel.load(stage_path(str(config.reward_model), stages, "model"))
+    return RewardModel.load(stage_path(str(config.reward_model), stages, "model"), device=device)
 
 
 def make_reward(
-    config: BehaviourConfig | None, environments: Mapping[str, Environment], stages: Path
+    config: BehaviourConfig | None,
+    environments: Environments,
+    stages: Path,
+    device: str = "cpu",
+    on_wait: Callable[[], None] = lambda: None,
 ) -> BehaviourReward | None:
-    """What rewards the groups of a run with these environments; None where the verifiers' verdicts do."""
+    """What rewards the groups of a run with these environments; None where the verifiers' verdicts do.
+
+    The rest as :func:`make_scorer` has it.
+    """
     if config is None:
         return None
-    return BehaviourReward(make_scorer(config, stages), environments, chat=config.chat)
+    names = dict.fromkeys(name for of_source in environments.values() for name in of_source)
+    return BehaviourReward(make_scorer(config, stages, device, on_wait), names, chat=config.chat)

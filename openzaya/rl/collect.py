@@ -33,7 +33,6 @@ class Collector:
         self._config, self._prompts, self._pool = config, prompts, pool
         self._buffer: deque[Group] = deque()
         self._capacity = max(1, round(config.pipeline.buffer_batches * config.prompts_per_step))
-        self._has_begun = config.pipeline.is_synchronous
         self._drawn: list[Group] = []
         self._counts: Counter[str] = Counter()
 
@@ -53,7 +52,8 @@ class Collector:
         chosen: list[Group] = []
         max_draws = round(config.algorithm.max_draws * config.prompts_per_step)
         while len(chosen) < config.prompts_per_step and len(self._drawn) < max_draws:
-            self._fill(min(config.prompts_per_step - len(chosen), max_draws - len(self._drawn)))
+            wanted = min(config.prompts_per_step - len(chosen), max_draws - len(self._drawn))
+            self._fill(wanted, is_start=not self._drawn and not self._counts["stale"])
             while self._buffer and len(chosen) < config.prompts_per_step and len(self._drawn) < max_draws:
                 group = self._buffer.popleft()
                 if step - group.oldest_version > config.pipeline.max_staleness:
@@ -66,8 +66,8 @@ class Collector:
                 chosen.append(group)
         return chosen
 
-    def _fill(self, wanted: int) -> None:
-        """Order what is missing and wait until something can be drawn."""
+    def _fill(self, wanted: int, *, is_start: bool) -> None:
+        """Order what is missing and wait until something can be drawn; a step starts with ``start_batches``."""
         config = self._config
         if config.pipeline.is_synchronous:
             self._order(wanted - len(self._buffer) - len(self._pool.outstanding()))
@@ -79,7 +79,7 @@ class Collector:
             self._buffer = deque(sorted(self._buffer, key=lambda group: group.order.number))
             return
         batch = config.prompts_per_step
-        enough = 1 if self._has_begun else min(self._capacity, max(1, round(config.pipeline.start_batches * batch)))
+        enough = min(self._capacity, max(1, round(config.pipeline.start_batches * batch))) if is_start else 1
         while True:
             # What is ordered now is used about so many steps later.
             ahead = batch * config.pipeline.max_staleness - len(self._buffer)
@@ -87,7 +87,6 @@ class Collector:
             if len(self._buffer) >= enough:
                 break
             self._receive(self._pool.collect())
-        self._has_begun = True
 
     def _order(self, num: int) -> None:
         if num > 0:
@@ -152,7 +151,6 @@ class Collector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._buffer = deque(unpack_group(values) for values in state["buffer"])
-        self._has_begun = True
         self.resubmit([Order.from_json(values) for values in state["outstanding"]])
 
 

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -40,6 +40,8 @@ LARGEST_SCORE = 2.0
 HIGHEST_GRADE = 10
 THINK_TAGS = ("<think>", "</think>")
 _KEY_REFUSED = (401, 403)
+TELL_S = 0.5
+"""Between two signs that the judge is being waited for."""
 
 T = TypeVar("T")
 Messages = Sequence[Mapping[str, Any]]
@@ -122,6 +124,10 @@ class JudgeConfig(BaseModel):
 class Judge:
     """Scores groups of responses; a context manager. Used by one thread, which runs no event loop of its own.
 
+    Args:
+        on_wait: called again and again as long as the endpoint is being asked. Every attempt has a limit of its own,
+            so a long wait is no hanging.
+
     Raises:
         RSAError: from any method: an endpoint that refuses the key, or a model that it does not have.
 
@@ -130,8 +136,14 @@ class Judge:
         num_failed: those that did not come, or could not be read.
     """
 
-    def __init__(self, config: JudgeConfig, *, client: httpx.AsyncClient | None = None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: JudgeConfig,
+        *,
+        on_wait: Callable[[], None] = lambda: None,
+        client: httpx.AsyncClient | None = None,
+    ) -> None:
+        self.config, self._on_wait = config, on_wait
         self.num_calls = self.num_failed = 0
         self._connection = Connection(
             config.base_url,
@@ -268,7 +280,19 @@ class Judge:
         return None if reply.finish_reason == "length" else split_tags(reply.content, THINK_TAGS).content
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
+        return self._runner.run(self._telling(work))
+
+    async def _telling(self, work: Coroutine[Any, Any, T]) -> T:
+        teller = asyncio.create_task(self._tell())
+        try:
+            return await work
+        finally:
+            teller.cancel()
+
+    async def _tell(self) -> None:
+        while True:
+            self._on_wait()
+            await asyncio.sleep(TELL_S)
 
 
 def make_question(template: str, rubric: str, messages: Messages, first: str, second: str = "") -> str:

@@ -45,8 +45,10 @@ class _Sums:
     is_current: list[Tensor]
     entropy: float = 0.0
     ratio: float = 0.0
-    masked_positive: float = 0.0
-    masked_negative: float = 0.0
+    masked_positive: int = 0
+    num_positive: int = 0
+    masked_negative: int = 0
+    num_negative: int = 0
     num_tokens: int = 0
 
 
@@ -106,7 +108,7 @@ class Learner:
         shaping_PG = length_reward(
             rewards_PG,
             table(([float(len(entry.tokens)) for entry in group.rollouts] for group in groups), 0),
-            best_solve_rate=torch.tensor([best[source_key(group)] for group in groups], dtype=torch.float64),
+            best_solve_rate=torch.tensor([best.get(source_key(group), 0.0) for group in groups], dtype=torch.float64),
             coefficient=coefficient,
             max_length=settings.max_length,
             length_tolerance=settings.length_tolerance,
@@ -129,10 +131,9 @@ class Learner:
         ):
             record = ForwardRecord()
             loss += self._forward_backward(batch.to(config.device), record, sums)
-            is_token_N = batch.document_ids.reshape(-1) >= 0
-            micro_load_LX = count_load(record.routes, is_token_N.to(config.device)).cpu()
+            micro_load_LX = count_load(record.routes, batch.was_run_N.to(config.device)).cpu()
             load_LX = micro_load_LX if load_LX.numel() == 0 else load_LX + micro_load_LX
-            num_tokens += int(is_token_N.sum())
+            num_tokens += int((batch.document_ids >= 0).sum())
         metrics = self._agreement(sums)
         numbers = self.optimizer.step(self.step)
         if config.balancing.learning_rate:
@@ -143,8 +144,8 @@ class Learner:
             "loss/policy": loss,
             "rl/entropy_nats": sums.entropy / sums.num_tokens,
             "rl/mean_ratio": sums.ratio / sums.num_tokens,
-            "rl/masked_share_positive": sums.masked_positive / sums.num_tokens,
-            "rl/masked_share_negative": sums.masked_negative / sums.num_tokens,
+            "rl/masked_share_positive": sums.masked_positive / max(1, sums.num_positive),
+            "rl/masked_share_negative": sums.masked_negative / max(1, sums.num_negative),
             "train/policy_tokens": sums.num_tokens,
             "train/tokens": num_tokens,
             "route/load_entropy": entropy_L.tolist(),
@@ -175,8 +176,10 @@ class Learner:
         sums.is_current.append(batch.of_next(batch.versions) == self.step - 1)
         sums.entropy += float(entropies_M.sum())
         sums.ratio += result.mean_ratio * num
-        sums.masked_positive += result.masked_share_positive * num
-        sums.masked_negative += result.masked_share_negative * num
+        sums.masked_positive += result.masked_positive
+        sums.num_positive += result.num_positive
+        sums.masked_negative += result.masked_negative
+        sums.num_negative += result.num_negative
         sums.num_tokens += num
         return float(result.loss.detach())
 

@@ -251,17 +251,18 @@ def make_pool(
             prompts.environments,
             config.rollout,
             step=learner.step,
-            reward=make_reward(config.behaviour, prompts.environments, stages),
+            reward=make_reward(config.behaviour, prompts.environments, stages, config.device),
         )
         return LocalPool(engine)
     setup = WorkerSetup(
         model=learner.model.config,
         tokenizer=tokenizer,
-        environments=[spec for source in config.sources for spec in source.environments],
+        environments={source.name: source.environments for source in config.sources},
         rollout=config.rollout,
         behaviour=config.behaviour,
         stages=stages,
         threads=pipeline.worker_threads,
+        device=config.device,
     )
     if pipeline.pool == "processes":
         return ProcessPool(setup, pipeline.workers, step=learner.step, weights=learner.weights())
@@ -277,7 +278,7 @@ def make_pool(
         tokenizer,
         prompts.environments,
         config.rollout,
-        reward=make_reward(config.behaviour, prompts.environments, stages),
+        reward=make_reward(config.behaviour, prompts.environments, stages, config.device),
         step=learner.step,
         weights=learner.weights(),
         directory=published or stages / "published",

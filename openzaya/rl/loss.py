@@ -41,9 +41,11 @@ class PolicyLoss:
 
     loss: Tensor
     """Scalar; its gradient is the update's."""
-    masked_share_positive: float
-    """Of the tokens with positive advantage, those that DPPO dropped."""
-    masked_share_negative: float
+    masked_positive: int
+    """Tokens with positive advantage that DPPO dropped, of ``num_positive``."""
+    num_positive: int
+    masked_negative: int
+    num_negative: int
     mean_ratio: float
 
 
@@ -74,11 +76,14 @@ def policy_loss(
     # Where nothing is trained a log probability may be -inf, and 0 * inf would poison the sum.
     weighted = torch.where(kept, ratio * advantages * logprobs, 0.0)
     dropped = token_mask & ~kept
+    is_positive, is_negative = token_mask & (advantages > 0), token_mask & (advantages < 0)
     ratios = ratio[token_mask]
     return PolicyLoss(
         -weighted.sum() / num_rollouts,
-        _share(dropped, token_mask & (advantages > 0)),
-        _share(dropped, token_mask & (advantages < 0)),
+        int((dropped & is_positive).sum()),
+        int(is_positive.sum()),
+        int((dropped & is_negative).sum()),
+        int(is_negative.sum()),
         float(ratios.mean()) if len(ratios) else 1.0,
     )
 
@@ -108,10 +113,6 @@ def agreement(logprobs: Tensor, sampler_logprobs: Tensor, token_mask: Tensor) ->
     spread = p.norm() * q.norm()
     pearson = float((p * q).sum() / spread) if float(spread) > 0 else 1.0
     return Agreement(float(kl), pearson, float(gap.abs().max()), len(ours))
-
-
-def _share(part: Tensor, whole: Tensor) -> float:
-    return float((part & whole).sum() / whole.sum().clamp(min=1))
 
 
 def _check_shapes(logprobs: Tensor, sampler_logprobs: Tensor) -> None:

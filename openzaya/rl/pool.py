@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from openzaya.environments.base import Environment, Task
 from openzaya.errors import EngineError, TrainingError
 from openzaya.infer.engine import Engine
 from openzaya.infer.outputs import Completion, RequestOutput
 from openzaya.model.transformer import Zaya
+from openzaya.problems.base import Verdict
 from openzaya.rl.rollout import (
+    Environments,
     Group,
     GroupReward,
     Order,
     Rollout,
     RolloutConfig,
     VersionLog,
-    judge_with,
     make_rollout,
     prompt_of,
     sampling_params,
@@ -82,22 +82,28 @@ class RolloutPool(Protocol):
 class GroupJudge:
     """Makes rollouts of an order's completions: verdicts, rewards, canaries."""
 
-    def __init__(
-        self, environments: Mapping[str, Environment], reward: GroupReward | None, config: RolloutConfig
-    ) -> None:
-        self._judge, self._reward, self._config = judge_with(environments), reward, config
+    def __init__(self, environments: Environments, reward: GroupReward | None, config: RolloutConfig) -> None:
+        self._environments, self._reward, self._config = environments, reward, config
 
-    def __call__(self, task: Task, completions: Sequence[Completion], versions: Sequence[VersionLog]) -> list[Rollout]:
+    def __call__(
+        self, order: Order, completions: Sequence[Completion], versions: Sequence[VersionLog]
+    ) -> list[Rollout]:
         """The rollouts of ``completions``; ``versions`` says of each what its engine's versions stand for."""
         texts = [completion.text for completion in completions]
-        verdicts = [self._judge(task, text) for text in texts]
+        verdicts = [self._verify(order, text) for text in texts]
         rewards = [verdict.reward for verdict in verdicts]
         if self._reward is not None:
-            rewards = self._reward.score_group(task, texts, verdicts=rewards)
+            rewards = self._reward.score_group(order.task, texts, rewards)
         return [
             make_rollout(completion, log, verdict, reward, self._config.canary)
             for completion, log, verdict, reward in zip(completions, versions, verdicts, rewards, strict=True)
         ]
+
+    def _verify(self, order: Order, response: str) -> Verdict:
+        try:
+            return self._environments[order.source][order.task.environment].verify(order.task, response)
+        except Exception as error:  # whatever goes wrong in an environment is no verdict
+            return Verdict(None, f"verifier failed: {type(error).__name__}: {error}")
 
 
 class RolloutEngine:
@@ -107,7 +113,7 @@ class RolloutEngine:
         self,
         model: Zaya,
         tokenizer: PreTrainedTokenizerFast,
-        environments: Mapping[str, Environment],
+        environments: Environments,
         config: RolloutConfig,
         *,
         step: int = 0,
@@ -156,7 +162,7 @@ class RolloutEngine:
         if isinstance(outcome, EngineError):
             raise _failed(order, outcome)
         versions = [self._versions] * len(outcome.completions)
-        rollouts = self._judge(order.task, outcome.completions, versions)
+        rollouts = self._judge(order, outcome.completions, versions)
         prompt_tokens = np.array(outcome.prompt_tokens, dtype=np.int32)
         return Group(order, prompt_tokens, rollouts, time.monotonic() - begun)
 

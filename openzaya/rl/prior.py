@@ -34,10 +34,10 @@ def apply_prior(config: RLConfig, prompts: PromptStream, pool: RolloutPool) -> d
         source = state.config
         if source.curriculum == "online" and source.start == "calibrated":
             found = calibrate(source, config.prior, prompts, pool, numbers, config.seed)
-            calibrations[name] = {environment: describe(one) for environment, one in found.items()}
-            for environment, one in found.items():
-                highest = one.difficulty if source.max_difficulty is None else source.max_difficulty
-                state.online[environment].difficulty = min(one.difficulty, highest)
+            fits = {environment: describe(one, source.max_difficulty) for environment, one in found.items()}
+            calibrations[name] = fits
+            for environment, fit in fits.items():
+                state.online[environment].difficulty = fit["difficulty"]
         elif source.curriculum == "fixed" and source.max_prior_pass_rate < 1:
             rates[name] = pass_rates(source, config.prior, prompts, pool, numbers, config.seed)
             for environment, by_level in rates[name].items():
@@ -104,11 +104,14 @@ def calibrate(
     return pools
 
 
-def describe(pool: IRTPool) -> dict[str, Any]:
-    """A calibrated pool as JSON: where half is solved, how sure that is, and what was observed."""
+def describe(pool: IRTPool, max_difficulty: int | None) -> dict[str, Any]:
+    """A calibrated pool as JSON: where to begin, where half is solved, how sure that is, and what was observed.
+
+    ``difficulty``, where to begin, is at most ``max_difficulty``; ``middle``, the estimate, may lie above it.
+    """
     middle, slope = pool.estimate
     return {
-        "difficulty": pool.difficulty,
+        "difficulty": pool.difficulty if max_difficulty is None else min(pool.difficulty, max_difficulty),
         "middle": middle,
         "slope": slope,
         "deviation": pool.deviation,

@@ -23,7 +23,7 @@ from openzaya.errors import DataError
 from openzaya.problems.verify import split_response
 from openzaya.rl.curriculum import LeastSampledFirst, OnlineDifficulty
 from openzaya.rl.recipe import PromptSource
-from openzaya.rl.rollout import Form, Group, Order, order_seed, prompt_of
+from openzaya.rl.rollout import Environments, Form, Group, Order, order_seed, prompt_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,9 +60,9 @@ class PromptStream:
         """Tasks that were replaced by easier ones, because their prompts were too long or could not be made."""
 
     @property
-    def environments(self) -> dict[str, Environment]:
-        """Of all sources, by name."""
-        return {name: made for state in self.sources.values() for name, made in state.environments.items()}
+    def environments(self) -> Environments:
+        """Of all sources."""
+        return {source: state.environments for source, state in self.sources.items()}
 
     def next(self) -> Order:
         """The next order."""
@@ -122,7 +122,10 @@ class PromptStream:
         for difficulty in range(wanted, -1, -1):
             task, trouble = self._task(environment, difficulty, state.next_number(environment.name, difficulty))
             if task is not None:
-                self.num_eased += difficulty < wanted
+                if difficulty < wanted:
+                    self.num_eased += 1
+                    # Groups of another level than an environment's own do not count: it would never come down again.
+                    state.online[environment.name].difficulty = difficulty
                 return task
         raise DataError(trouble)
 

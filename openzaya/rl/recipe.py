@@ -44,6 +44,8 @@ class AggregationForms(_Section):
             raise ValueError("tails_share and answers_share are more than 1 together; lower one")
         if not 1 <= self.num_candidates[0] <= self.num_candidates[1]:
             raise ValueError(f"num_candidates={self.num_candidates}; give 1 or more, the lower first")
+        if not 0 <= self.solve_rates[0] <= self.solve_rates[1] <= 1:
+            raise ValueError(f"solve_rates={self.solve_rates}; give two of 0 to 1, the lower first")
         return self
 
 
@@ -60,11 +62,35 @@ class PromptSource(_Section):
     """With the fixed curriculum: lowest and highest, both included."""
     start: int | Literal["calibrated"] = "calibrated"
     """With the online curriculum: where every environment begins; ``calibrated`` asks the starting policy."""
-    max_difficulty: int | None = None
+    max_difficulty: int | None = Field(None, ge=0)
     """With the online curriculum: no higher, whatever the policy solves (a context has an end)."""
     max_prior_pass_rate: float = Field(1.0, gt=0, le=1)
     """With the fixed curriculum: levels that the starting policy solves more often are left out."""
     aggregation: AggregationForms = AggregationForms()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if not 0 <= self.difficulties[0] <= self.difficulties[1]:
+            raise ValueError(f"difficulties={self.difficulties}; give 0 or more, the lower first")
+        if isinstance(self.start, int) and self.start < 0:
+            raise ValueError(f"start={self.start}; give 0 or more, or calibrated")
+        return self
+
+
+class RLOptimizerConfig(OptimizerConfig):
+    """Muon without memory at small rates, whatever else a recipe sets."""
+
+    muon_learning_rate: float = Field(2e-3, ge=0)
+    adamw_learning_rate: float = Field(3e-4, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(5, ge=0)
+
+
+class RLBalancingConfig(BalancingConfig):
+    """Biases stand still unless a recipe gives them a rate."""
+
+    learning_rate: float = Field(0.0, ge=0)
 
 
 class PriorConfig(_Section):
@@ -118,7 +144,7 @@ class PipelineConfig(_Section):
     max_staleness: int = Field(2, ge=0)
     """Learner steps that the oldest token of a group may be behind; older groups are dropped. 0 is synchronous."""
     start_batches: float = Field(1.0, ge=0)
-    """Batches that lie in the buffer before the first step."""
+    """Batches that lie in the buffer when a step starts."""
     buffer_batches: float = Field(3.0, ge=1)
     """The buffer's size; when it is full the oldest group goes."""
     worker_threads: int = Field(1, ge=1)
@@ -157,11 +183,8 @@ class RLConfig(_Section):
     """Rewards are a reward model's or a judge's, gated by verifiers; None: the verifiers' own."""
     prior: PriorConfig = PriorConfig()
     pipeline: PipelineConfig = PipelineConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(
-        muon_learning_rate=2e-3, adamw_learning_rate=3e-4, momentum=0.0, weight_decay=0.0, warmup_steps=5
-    )
-    """Momentum 0: Muon without memory."""
-    balancing: BalancingConfig = BalancingConfig(learning_rate=0.0)
+    optimizer: RLOptimizerConfig = RLOptimizerConfig()
+    balancing: RLBalancingConfig = RLBalancingConfig()
     window_tokens: int = Field(512, ge=2)
     windows_per_batch: int = Field(8, ge=1)
     """Windows in one forward pass."""

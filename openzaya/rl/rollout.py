@@ -13,7 +13,7 @@ Shape suffixes: P prompt tokens, T tokens of a rollout, L layers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -174,28 +174,15 @@ def prompt_of(task: Task, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return render([dict(message) for message in task.messages], tokenizer, add_generation_prompt=True).tokens
 
 
-Judge = Callable[[Task, str], Verdict]
+Environments = Mapping[str, Mapping[str, Environment]]
+"""Source -> name -> environment: two sources may each have an environment of one name, with settings of its own."""
 
 
 class GroupReward(Protocol):
     """What rewards a group's responses where the verdict alone does not (behaviour.py)."""
 
-    def score_group(
-        self, task: Task, responses: Sequence[str], *, verdicts: Sequence[float | None] | None = None
-    ) -> list[float | None]:
+    def score_group(self, task: Task, responses: Sequence[str], verdicts: Sequence[float | None]) -> list[float | None]:
         """A reward for each response, None without one; ``verdicts`` are the environment's."""
-
-
-def judge_with(environments: Mapping[str, Environment]) -> Judge:
-    """A judge that never raises: whatever goes wrong in an environment is no verdict."""
-
-    def judge(task: Task, response: str) -> Verdict:
-        try:
-            return environments[task.environment].verify(task, response)
-        except Exception as error:
-            return Verdict(None, f"verifier failed: {type(error).__name__}: {error}")
-
-    return judge
 
 
 def make_rollout(

@@ -6,7 +6,8 @@
 Between two steps of the engine the newest weights are taken, rollouts in flight go on with them. Orders that arrive
 are begun after that: weights that were published before an order was given are always there.
 
-A beat means progress: the process has judged a rollout, or its engine has made a step, or there is nothing to do.
+A beat means progress: the process has judged a rollout, waits for a judge (whose attempts have limits of their own),
+its engine has made a step, or there is nothing to do.
 The process ignores SIGINT and SIGTERM, which are the learner's business, and ends with the learner, however that ended;
 it leads a process group, so what its environments have started goes with it.
 """
@@ -56,33 +57,39 @@ class WorkerSetup:
 
     model: ZayaConfig
     tokenizer: PreTrainedTokenizerFast
-    environments: Sequence[EnvironmentSpec]
+    environments: Mapping[str, Sequence[EnvironmentSpec]]
+    """Source -> its specifications."""
     rollout: RolloutConfig
     behaviour: BehaviourConfig | None
     stages: Path
     """Where earlier stages' directories lie, a reward model's among them."""
     threads: int
     """CPU threads."""
+    device: str = "cpu"
+    """The engine's and a reward model's, as PyTorch names it."""
 
 
 def make_engine(
     setup: WorkerSetup, step: int, weights: Mapping[str, Tensor], on_verdict: Callable[[], None] = lambda: None
 ) -> RolloutEngine:
-    """The engine of one rollout process, with ``weights`` of learner step ``step`` and environments of its own."""
+    """The engine of one rollout process, with ``weights`` of learner step ``step`` and environments of its own.
+
+    ``on_verdict`` is called after each verdict, and again and again while a judge is being asked.
+    """
     torch.set_num_threads(setup.threads)
     environments = {
-        name: _Watched(environment, on_verdict) for name, environment in make_environments(setup.environments).items()
+        source: {name: _Watched(one, on_verdict) for name, one in make_environments(specifications).items()}
+        for source, specifications in setup.environments.items()
     }
-    reward = make_reward(setup.behaviour, environments, setup.stages)
-    return RolloutEngine(
-        model_of(setup.model, weights), setup.tokenizer, environments, setup.rollout, step=step, reward=reward
-    )
+    reward = make_reward(setup.behaviour, environments, setup.stages, setup.device, on_verdict)
+    model = model_of(setup.model, weights, setup.device)
+    return RolloutEngine(model, setup.tokenizer, environments, setup.rollout, step=step, reward=reward)
 
 
-def model_of(config: ZayaConfig, weights: Mapping[str, Tensor]) -> Zaya:
-    """A model with copies of ``weights``."""
+def model_of(config: ZayaConfig, weights: Mapping[str, Tensor], device: str = "cpu") -> Zaya:
+    """A model with copies of ``weights`` on ``device``."""
     model = empty_model(config)
-    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+    model.load_state_dict({name: tensor.to(device, copy=True) for name, tensor in weights.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 

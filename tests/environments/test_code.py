@@ -7,6 +7,7 @@ import json
 import random
 
 import pytest
+from pydantic import ValidationError
 
 from openzaya.environments import code, code_programs
 from openzaya.environments.base import Environment, Task
@@ -32,6 +33,9 @@ DOUBLE = {
 }
 
 
+ACCEPTED = str(DOUBLE["accepted"])
+
+
 def environment(kind: str, **settings: object) -> Environment:
     (made,) = CodeSpec(environments=[kind], **settings).make()
     return made
@@ -53,13 +57,13 @@ def gold(made: Environment, difficulty: int, number: int) -> str:
     for seed in itertools.islice(made._seeds(difficulty, number), 64):
         if seed.accepted.source != data["accepted"]["source"]:
             continue
-        for given, output in made._known_outputs(seed):
-            if "output" in data and output.text == data["output"]:
-                return given
+        for case in made._known_cases(seed):
+            if "output" in data and case.output.text == data["output"]:
+                return case.given
             if "candidate" in data:
                 candidate = CodeProgram.model_validate(data["candidate"])
-                if show(run(candidate.statements, read(given, candidate.kind))).strip() != output.text:
-                    return given
+                if show(run(candidate.statements, read(case.given, candidate.kind))).strip() != case.output.text:
+                    return case.given
     raise AssertionError("no right input is known")
 
 
@@ -144,6 +148,38 @@ def test_hostile_programs_earn_nothing(tmp_path) -> None:
     for response in (*HOSTILE, *HOSTILE_PROGRAMS):
         verdict = made.verify(task, response)
         assert verdict.reward == 0.0, (response, verdict)
+
+
+@pytest.mark.parametrize("kind", ["plain", "reconstruction"])
+def test_what_the_accepted_program_cannot_do_here_either_is_no_verdict(kind: str, tmp_path) -> None:
+    hungry = {**DOUBLE, "name": "hungry", "statement": "Hungry.", "accepted": "x = bytearray(400 << 20)\n" + ACCEPTED}
+    mistaken = {**DOUBLE, "name": "mistaken", "statement": "Mistaken.", "difficulty": 1}
+    mistaken["tests"] = [*DOUBLE["tests"][:-1], {"input": "500\n", "output": "1001\n"}]
+    sound = {**DOUBLE, "difficulty": 2}
+    made = of_file(kind, tmp_path, hungry, mistaken, sound, memory_mb=256)
+    tasks = [made.task(difficulty, 0) for difficulty in range(3)]
+    for task in (*tasks, *reversed(tasks)):
+        for response in (task.data["accepted"]["source"], "print(1)", "1 / 0", "x = bytearray(400 << 20)"):
+            verdict = made.verify(task, response)
+            if task.difficulty < 2:
+                assert verdict.reward is None and "accepted program failed" in verdict.reason, (task, response)
+            else:
+                assert verdict.reward == float(response == ACCEPTED), (task, response, verdict)
+
+
+def test_of_a_task_the_accepted_program_runs_once_but_where_the_moment_matters(tmp_path, monkeypatch) -> None:
+    made = of_file("plain", tmp_path, DOUBLE, cpu_s=0.2)
+    task = made.task(0, 0)
+    sources: list[str] = []
+
+    def watched(program: CodeProgram, *arguments: object) -> object:
+        sources.append(program.source)
+        return code_programs.outputs_of(program, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(code, "outputs_of", watched)
+    for response, num_runs in (("print(1)", 1), ("print(2)", 1), ("1 / 0", 1), ("while True: pass", 2)):
+        assert made.verify(task, response).reward == 0.0
+        assert sources.count(ACCEPTED) == num_runs, response
 
 
 def test_reconstruction_withholds_a_step() -> None:
@@ -239,6 +275,48 @@ def test_seeds_that_could_be_guessed_make_no_tasks(tmp_path) -> None:
     constant = {**DOUBLE, "tests": [{"input": f"{n}\n", "output": "6\n"} for n in (3, 4, 5)]}
     with pytest.raises(DataError, match="none of 1 seeds"):
         of_file("plain", tmp_path, constant).task(0, 0)
+
+
+@pytest.mark.parametrize("kind", ["output", "input", "falsification"])
+def test_few_valid_inputs_can_be_guessed(kind: str, tmp_path) -> None:
+    """Also where every output is another one, and where the tests leave no input to be drawn."""
+    square = {
+        "name": "square",
+        "statement": "Print the square.",
+        "accepted": "print(int(input()) ** 2 + 1)",
+        "wrong": ["n = int(input())\nprint(n * n + 1 if n != 2 else 7)"],
+        "input_schema": {"lines": [[{"type": "integer", "low": 0, "high": 3}]]},
+        "tests": [{"input": f"{n}\n", "output": f"{n * n + 1}\n"} for n in range(4)],
+    }
+    with pytest.raises(DataError, match=r"max_guess_rate=0\.0625"):
+        of_file(kind, tmp_path, square).task(0, 0)
+    assert of_file(kind, tmp_path, square, max_guess_rate=0.5).task(0, 0).data
+
+
+def test_guess_rates_count_draws_and_different_inputs() -> None:
+    def rate(*cases: tuple[int, bool]) -> float:
+        return code._guess_rate(
+            [code._Case(str(place), code_programs.Output("1"), num) for place, (num, _) in enumerate(cases)],
+            [is_right for _, is_right in cases],
+        )
+
+    assert rate((8, True), (1, False), (1, False)) == 0.8, "some inputs come often"
+    assert rate((1, True), (7, False)) == 0.5, "of two inputs either is a guess"
+    assert rate((0, True), (0, True), (0, True), (1, True), *[(1, False)] * 9) == 0.1, "tests are no random inputs"
+    assert rate((0, True), *[(1, False)] * 9) == 0.1, "one input is right, drawn or not"
+    assert rate((0, True)) == 1.0, "nothing is known"
+
+
+@pytest.mark.parametrize("kind", list(CODE_ENVIRONMENTS))
+def test_generated_seeds_make_tasks_at_every_level(kind: str) -> None:
+    made = environment(kind)
+    for difficulty in (*range(8), 12, 20):
+        assert made.task(difficulty, 0).difficulty == difficulty
+
+
+def test_a_guess_rate_that_the_samples_cannot_show_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"max_guess_rate\n.*greater than or equal to 0\.03125"):
+        CodeSpec(max_guess_rate=0.01)
 
 
 def test_a_seed_whose_accepted_program_is_wrong_is_named(tmp_path) -> None:

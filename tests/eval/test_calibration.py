@@ -28,7 +28,8 @@ def write(run: Path, name: str, text: str) -> str:
 
 
 def test_environments_are_calibrated_with_progress_a_table_and_a_report(run: Path) -> None:
-    recipe = write(run, "own.toml", 'kind = "calibrate"\nmax_difficulty = 3\n' + ENVIRONMENTS + MODEL + ROLLOUTS)
+    far = "model = { prior_mean = 30.0, prior_deviation = 0.5 }\n"
+    recipe = write(run, "own.toml", 'kind = "calibrate"\nmax_difficulty = 3\n' + ENVIRONMENTS + MODEL + ROLLOUTS + far)
     finished = openzaya("calibrate", recipe, "--out", str(run / "own"), "--json")
     assert finished.code == 0, finished.err
     assert "calibrate: 2 environments, 2 groups of 2 rollouts each" in finished.err
@@ -39,6 +40,7 @@ def test_environments_are_calibrated_with_progress_a_table_and_a_report(run: Pat
     assert set(fits) == {"sorting", "addition"}
     for fit in fits.values():
         assert len(fit["observed"]) == 2 and all(level <= 3 for level, _, _ in fit["observed"])
+        assert fit["difficulty"] == 3 < fit["middle"], "where a stage would begin, beside the estimate"
     assert (run / "own" / "plots" / "calibration_environments.svg").exists()
 
 

@@ -187,9 +187,10 @@ def test_a_stage_leaves_table_samples_problems_and_a_report(evaluated: Path) -> 
     assert result["rows"][0]["instructions"]["n"] == 2 and result["rsa"]["n"] == 2
     assert len(result["rsa"]["rounds"]) == 2 and result["rsa"]["settings"]["beta"] == 6
     assert len((evaluated / "problems.jsonl").read_text().splitlines()) == 4
-    assert {json.loads(line)["model"] for line in (evaluated / "samples.jsonl").read_text().splitlines()} == {
-        *("04-sft", "05-warmup")
-    }
+    samples = [json.loads(line) for line in (evaluated / "samples.jsonl").read_text().splitlines()]
+    assert {sample["model"] for sample in samples} == {"04-sft", "05-warmup"}
+    for family in ("sorting", "instructions"):
+        assert any(sample["truncated"] for sample in samples if sample["family"] == family), "five tokens are few"
     paths = write_report(evaluated)
     text = paths.markdown.read_text()
     assert "| 04-sft | " in text and "| 04-sft → 05-warmup | " in text and "Markovian RSA (n=2, c=2" in text

@@ -14,7 +14,7 @@ import pytest
 
 from openzaya.eval.plots_curriculum import max_prior_pass_rates
 from openzaya.eval.report import write_report
-from openzaya.eval.report_rl import calibration_table
+from openzaya.eval.report_rl import _stage_section, calibration_table
 from openzaya.eval.run_directory import read_run
 from openzaya.rl.curriculum import kept_levels
 from openzaya.runlog import RunLog, write_json
@@ -65,6 +65,7 @@ def step_metrics(step: int, source: str) -> dict[str, Any]:
 def rollout(step: int, environment: str, reward: float | None, **changes: Any) -> dict[str, Any]:
     values = {"difficulty": 2, "form": "plain", "solve_rate": 0.5, "reason": "correct" if reward else "wrong answer"}
     values |= {
+        "verdict": reward,
         "num_tokens": 9,
         "is_truncated": False,
         "prompt": f"asked of {environment}",
@@ -151,6 +152,21 @@ def test_samples_are_good_and_bad_and_of_every_reason(run: Path) -> None:
     assert {"reward 0: wrong answer", "reward 0: verbatim loop", "no verdict: verifier failed"} <= set(
         wrong.splitlines()
     )
+
+
+def test_right_is_what_the_verifier_says_whatever_it_was_rewarded_with(tmp_path: Path) -> None:
+    stage = tmp_path / "11-behaviour"
+    write_rl_stage(stage, curriculum="fixed", steps=2)
+    entries = [
+        rollout(2, "sorting", 0.73, verdict=1.0, reason="scored right"),
+        rollout(2, "addition", 0.0, verdict=1.0, reason="verbatim loop"),
+        rollout(2, "logic", 0.0, reason="scored wrong"),
+    ]
+    (stage / "rollouts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    section = _stage_section(read_run(tmp_path).reinforcement[0])
+    right, wrong = ([(sample.note_label, sample.note) for sample in part] for part in (section.good, section.bad))
+    assert right == [("reward 0", "verbatim loop"), ("reward 0.73", "scored right")], "the latest first"
+    assert wrong == [("reward 0", "scored wrong")]
 
 
 def test_levels_are_kept_as_the_stage_keeps_them(run: Path) -> None:

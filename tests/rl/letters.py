@@ -41,8 +41,8 @@ class LettersEnvironment(Environment):
     def verify(self, task: Task, response: str) -> Verdict:
         if self._trouble == "exit":
             os._exit(7)
-        if self._trouble == "slow":
-            time.sleep(0.05)
+        if self._trouble in ("slow", "very slow"):
+            time.sleep(0.05 if self._trouble == "slow" else 0.8)
         even = sum(ord(letter) % 2 == 0 for letter in response)
         return Verdict(float(even >= 0.55 * len(response) > 0), "")
 

@@ -59,7 +59,7 @@ def copy_of(model, dtype=torch.float32):
 def make_engine(model, *, dtype=torch.float32, new_tokens=NEW_TOKENS, **settings):
     config = RolloutConfig(group_size=GROUP, max_new_tokens=new_tokens, max_running=16)
     return RolloutEngine(
-        copy_of(model, dtype), tokenizer(), {"text": TextEnvironment()}, config, engine_settings=settings
+        copy_of(model, dtype), tokenizer(), {"a": {"text": TextEnvironment()}}, config, engine_settings=settings
     )
 
 

@@ -98,6 +98,17 @@ def test_router_learns_under_replay(model):
     assert gradients and max(gradients) > 0
 
 
+def test_last_tokens_were_never_run(model):
+    sequences = make_sequences(model)
+    batches = list(make_batches(sequences, window_tokens=24, windows_per_batch=2, replay_experts=True))
+    assert sum(int(batch.was_run_N.sum()) for batch in batches) == sum(one.num_tokens - 1 for one in sequences)
+    for batch in batches:
+        ends = batch.document_ids >= 0
+        ends[:, :-1] &= batch.document_ids[:, 1:] != batch.document_ids[:, :-1]
+        assert not batch.was_run_N.reshape(ends.shape)[ends].any()
+        assert not batch.was_run_N.reshape(ends.shape)[batch.document_ids < 0].any()
+
+
 def test_refuses_what_does_not_fit(model):
     sequences = make_sequences(model)
     with pytest.raises(DataError, match="window_tokens"):

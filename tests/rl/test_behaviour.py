@@ -24,7 +24,7 @@ from tests.train import miniature
 
 
 class Says(Environment):
-    """Obeyed by what ends in ``ok``; gives no verdict on ``?`` and breaks on ``!``."""
+    """Obeyed by what ends in ``ok``; gives no verdict on ``?``."""
 
     name = "says"
 
@@ -32,8 +32,6 @@ class Says(Environment):
         return Task(self.name, difficulty, number, [{"role": "user", "content": "say ok"}], None)
 
     def verify(self, task: Task, response: str) -> Verdict:
-        if "!" in response:
-            raise RuntimeError("broken")
         return Verdict(None if "?" in response else float(response.endswith("ok")), "")
 
 
@@ -54,29 +52,33 @@ CHAT = FamilyEnvironment("sorting")
 ENVIRONMENTS = {"says": GATE, "sorting": CHAT}
 
 
+def verdicts_of(responses: Sequence[str]) -> list[float | None]:
+    return [GATE.verify(GATE.task(0, 0), response).reward for response in responses]
+
+
 def reward(scorer: Any) -> BehaviourReward:
     return BehaviourReward(scorer, ENVIRONMENTS, chat=["sorting"])
 
 
 def test_the_gate_gives_zero_to_what_does_not_obey_whatever_its_score() -> None:
     scorer = Lengths()
-    responses = ["very long and friendly", "ok", "quite ok", "what?", "oh!", "x ok"]
-    found = reward(scorer).score_group(GATE.task(0, 0), responses)
-    assert found == [0.0, positive(0.2), positive(0.8), None, None, None]
+    responses = ["very long and friendly", "ok", "quite ok", "what?", "x ok"]
+    found = reward(scorer).score_group(GATE.task(0, 0), responses, verdicts_of(responses))
+    assert found == [0.0, positive(0.2), positive(0.8), None, None]
     assert scorer.asked == [["ok", "quite ok", "x ok"]], "what fails is not sent to be scored"
 
 
 def test_known_verdicts_are_taken_and_must_be_as_many() -> None:
-    found = reward(Lengths()).score_group(GATE.task(0, 0), ["a", "b", "c"], verdicts=[1.0, 0.0, None])
+    found = reward(Lengths()).score_group(GATE.task(0, 0), ["a", "b", "c"], [1.0, 0.0, None])
     assert found == [positive(0.1), 0.0, None]
     with pytest.raises(DataError, match="2 verdicts for 3 responses"):
-        reward(Lengths()).score_group(GATE.task(0, 0), ["a", "b", "c"], verdicts=[1.0, 0.0])
+        reward(Lengths()).score_group(GATE.task(0, 0), ["a", "b", "c"], [1.0, 0.0])
 
 
 def test_a_chat_takes_the_score_and_no_answer_is_the_worst() -> None:
     scorer = Lengths()
     responses = ["<think>a</think>fine", "<think>endless", "", "ax", "b" * 500]
-    found = reward(scorer).score_group(CHAT.task(0, 0), responses)
+    found = reward(scorer).score_group(CHAT.task(0, 0), responses, [0.0] * 5)
     assert found == [pytest.approx(positive(2.0)), 0.0, 0.0, None, positive(LARGEST_SCORE)]
     assert min(positive(-LARGEST_SCORE), found[0]) > 0, "a verbatim loop's 0 must be the lowest"
     assert scorer.asked == [[responses[0], responses[3], responses[4]]]
@@ -84,19 +86,20 @@ def test_a_chat_takes_the_score_and_no_answer_is_the_worst() -> None:
 
 def test_a_score_that_is_no_number_is_no_verdict() -> None:
     for factor in (math.nan, math.inf):
-        assert reward(Lengths(factor)).score_group(CHAT.task(0, 0), ["a"]) == [None]
-        assert reward(Lengths(factor)).score_group(GATE.task(0, 0), ["ok", "no"]) == [None, 0.0]
+        assert reward(Lengths(factor)).score_group(CHAT.task(0, 0), ["a"], [0.0]) == [None]
+        assert reward(Lengths(factor)).score_group(GATE.task(0, 0), ["ok", "no"], [1.0, 0.0]) == [None, 0.0]
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["ok", "no", "what?", "oh!", ""]), st.floats(-99, 99)), max_size=16))
+@given(st.lists(st.tuples(st.sampled_from(["ok", "no", "what?", ""]), st.floats(-99, 99)), max_size=16))
 def test_obedience_comes_before_every_score(group: list[tuple[str, float]]) -> None:
     class Given:
         def score_group(self, messages: Any, responses: Sequence[str]) -> list[float | None]:
             values = {place: score for place, (text, score) in enumerate(group) if text == "ok"}
             return list(values.values())
 
-    found = reward(Given()).score_group(GATE.task(0, 0), [text for text, _ in group])
+    texts = [text for text, _ in group]
+    found = reward(Given()).score_group(GATE.task(0, 0), texts, verdicts_of(texts))
     for (text, _), value in zip(group, found, strict=True):
         if text == "ok":
             assert value is not None and 0 < value < 1
@@ -110,8 +113,8 @@ def test_unknown_environments_are_refused() -> None:
     with pytest.raises(DataError, match="chat names sortng"):
         BehaviourReward(Lengths(), ENVIRONMENTS, chat=["sortng"])
     with pytest.raises(DataError, match="environment 'counting'; this reward knows: says, sorting"):
-        reward(Lengths()).score_group(FamilyEnvironment("counting").task(0, 0), ["a"])
-    assert reward(Lengths()).score_group(GATE.task(0, 0), []) == []
+        reward(Lengths()).score_group(FamilyEnvironment("counting").task(0, 0), ["a"], [1.0])
+    assert reward(Lengths()).score_group(GATE.task(0, 0), [], []) == []
 
 
 def test_the_recipe_names_one_scorer(tmp_path: Path) -> None:
@@ -125,6 +128,6 @@ def test_the_recipe_names_one_scorer(tmp_path: Path) -> None:
     make_reward_model().save(tmp_path / "07-rm" / "model")
     scorer = make_scorer(BehaviourConfig(reward_model="07-rm"), tmp_path)
     assert isinstance(scorer, RewardModel)
-    found = BehaviourReward(scorer, ENVIRONMENTS).score_group(GATE.task(0, 0), ["ok", "no", "very ok"])
+    found = BehaviourReward(scorer, ENVIRONMENTS).score_group(GATE.task(0, 0), ["ok", "no", "very ok"], [1.0, 0.0, 1.0])
     assert found[1] == 0.0 and 0 < found[0] < 1 and 0 < found[2] < 1 and found[0] != found[2]
     assert len(miniature.tokenizer()) <= scorer.model.config.vocab_size

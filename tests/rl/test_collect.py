@@ -92,6 +92,15 @@ def test_asynchronous_keeps_the_pool_busy_and_uses_each_group_once():
     assert len(used) == len(set(used)) == 20
 
 
+def test_every_step_starts_with_start_batches():
+    pool = ScriptedPool(mixed, at_once=False)
+    one, _ = collector(pool, pipeline={"workers": 1, "start_batches": 2, "buffer_batches": 3})
+    for step in range(3):
+        one.next_groups(step)
+        # Two batches of four were there, one was taken.
+        assert one.metrics(step, 100)["rl/buffered_groups"] == 4
+
+
 @pytest.mark.parametrize(("step", "num_stale"), [(2, 0), (3, 4)])
 def test_stale_groups_are_dropped(step, num_stale):
     pool = ScriptedPool(mixed)

@@ -113,6 +113,17 @@ def test_the_circle_pairs_each_two_at_most_once(num: int, comparisons: int) -> N
     assert all(min(comparisons, with_answer - 1) <= degree <= max(comparisons + 1, 2) for degree in degrees)
 
 
+def test_waiting_is_told_all_along(monkeypatch) -> None:
+    """Whoever watches the judge's process for hanging hears of it, also where no call ends."""
+    monkeypatch.setattr(judge_module, "TELL_S", 0.01)
+    told: list[None] = []
+    endpoint = JudgeEndpoint(Script(hang=1.0))
+    config = JudgeConfig(base_url="http://scripted/v1", timeout_s=0.1, max_retries=2, retry_wait_s=0.0)
+    with Judge(config, on_wait=lambda: told.append(None), client=endpoint.client()) as judge:
+        assert judge.score_group(MESSAGES, ["1", "2"]) == [None, None]
+    assert len(told) >= 10
+
+
 # --- grading ----------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,6 +173,38 @@ def test_disagreement_on_the_same_weights_stops_the_run():
     learner.step = 2
     metrics = learner.update(make_groups(model, REWARDS, noise=1.5, version=0), {})
     assert metrics["rl/engine_trainer_kl"] > 0.05 and "rl/on_policy_kl" not in metrics
+
+
+def test_a_setting_of_the_optimiser_leaves_the_other_defaults_of_rl():
+    one = config(optimizer={"muon_learning_rate": 1e-3}, balancing={"kind": "sign"})
+    assert one.optimizer.model_copy(update={"muon_learning_rate": 2e-3}) == config().optimizer
+    assert one.optimizer.momentum == one.optimizer.weight_decay == one.balancing.learning_rate == 0
+
+
+def test_a_group_without_verdicts_is_worth_nothing():
+    model = make_model()
+    groups = make_groups(model, [[1.0, 0.0, 1.0, 1.0], [None] * 4], noise=0.0)
+    groups[1] = replace(groups[1], order=replace(groups[1].order, source="broken"))
+    settings = {"drop_equal_groups": False, "length": {"coefficient": 1.0, "final_coefficient": 1.0}}
+    metrics = Learner(model, config(algorithm=settings)).update(groups, {"a/plain": 0.75})
+    assert 0 < metrics["rl/trained_rollouts"] <= 4
+
+
+def test_masked_shares_are_of_the_tokens_of_their_sign():
+    model = make_model()
+    groups = make_groups(model, [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]], noise=1.5)
+    learner = Learner(copy.deepcopy(model), config(windows_per_batch=1, max_engine_trainer_kl=10))
+    metrics = learner.update(groups, {})
+    dropped = {1: [], -1: []}
+    for group in groups:
+        mean = sum(one.reward for one in group.rollouts) / len(group.rollouts)
+        for rollout in group.rollouts:
+            sign = 1 if rollout.reward > mean else -1
+            p = trainer_logprobs(model, group.prompt_tokens, rollout.tokens, rollout.experts).detach().exp().numpy()
+            dropped[sign] += (sign * (p - np.exp(rollout.logprobs)) > 0.1).tolist()
+    assert sum(map(sum, dropped.values())) > 0
+    assert metrics["rl/masked_share_positive"] == pytest.approx(np.mean(dropped[1]))
+    assert metrics["rl/masked_share_negative"] == pytest.approx(np.mean(dropped[-1]))
 
 
 def test_length_reward_prefers_the_shorter_of_two_right_rollouts():

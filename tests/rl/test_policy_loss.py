@@ -70,7 +70,7 @@ def test_gradient_is_the_formula():
             expected[b, t] = -min(p / q, 20.0) * a * (one_hot - probabilities[b, t]) / 10
     assert num_dropped > 0
     assert torch.allclose(gradient, expected, atol=1e-12)
-    assert loss.masked_share_positive + loss.masked_share_negative > 0
+    assert loss.masked_positive + loss.masked_negative > 0
 
 
 def test_ratios_are_truncated_and_impossible_tokens_outside_the_mask_do_no_harm():

@@ -5,20 +5,34 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from openzaya.errors import TrainingError
+from openzaya.rl import loop as loop_module
 from openzaya.rl import orders as orders_module
 from openzaya.rl import processes as processes_module
+from openzaya.rl.behaviour import BehaviourConfig, make_reward
 from openzaya.rl.channel import Channel, WorkerChannel, encode
+from openzaya.rl.judge import JudgeConfig
 from openzaya.rl.pool import LocalPool, RolloutEngine
 from openzaya.rl.processes import ProcessPool
 from openzaya.rl.rollout import Order, RolloutConfig, order_seed
-from openzaya.rl.worker import WorkerSetup
-from tests.rl.letters import ROOT, LettersEnvironment, LettersSpec, is_alive, learner, make_model, tokenizer, wait_until
+from openzaya.rl.worker import WorkerSetup, make_engine, model_of
+from tests.rl.letters import (
+    ROOT,
+    LettersEnvironment,
+    LettersSpec,
+    is_alive,
+    learner,
+    make_config,
+    make_model,
+    tokenizer,
+    wait_until,
+)
 
 ROLLOUT = RolloutConfig(group_size=4, max_new_tokens=24, max_running=8)
 
@@ -34,7 +48,7 @@ def make_orders(num):
 
 
 def make_pool(model, workers=1, trouble="", **settings):
-    specs = [LettersSpec(trouble=trouble)]
+    specs = {"a": [LettersSpec(trouble=trouble)]}
     setup = WorkerSetup(model.config, tokenizer(), specs, ROLLOUT, behaviour=None, stages=ROOT, threads=1)
     return ProcessPool(setup, workers, step=0, weights=model.state_dict(), **settings)
 
@@ -61,7 +75,7 @@ def assert_same(groups, expected):
 
 @pytest.fixture(scope="module")
 def expected():
-    engine = RolloutEngine(make_model(), tokenizer(), {"letters": LettersEnvironment()}, ROLLOUT)
+    engine = RolloutEngine(make_model(), tokenizer(), {"a": {"letters": LettersEnvironment()}}, ROLLOUT)
     pool = LocalPool(engine)
     pool.submit(make_orders(24))
     groups = {group.order.number: group for group in pool.collect()}
@@ -169,6 +183,43 @@ def test_killed_learner_takes_its_processes_along(tmp_path):
             assert time.monotonic() < until, "a rollout process outlived its learner"
             time.sleep(0.05)
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "torch" in name or "openzaya" in name}
+
+
+def test_verdicts_and_a_judge_that_is_asked_are_signs_of_life(monkeypatch):
+    class SlowJudge:
+        def __init__(self, config, *, on_wait):
+            self.on_wait = on_wait
+
+        def score_group(self, messages, responses):
+            self.on_wait()
+            signs.append("judge")
+            return [0.0] * len(responses)
+
+    monkeypatch.setattr("openzaya.rl.judge.Judge", SlowJudge)
+    signs = []
+    model, specs = make_model(), {"a": [LettersSpec()]}
+    behaviour = BehaviourConfig(judge=JudgeConfig(base_url="http://localhost:1/v1"), chat=["letters"])
+    setup = WorkerSetup(model.config, tokenizer(), specs, ROLLOUT, behaviour=behaviour, stages=ROOT, threads=1)
+    engine = make_engine(setup, 0, model.state_dict(), lambda: signs.append("beat"))
+    engine.start(make_orders(1))
+    assert len(engine.finished()) == 1
+    engine.close()
+    assert signs == ["beat"] * 5 + ["judge"]
+
+
+def test_workers_use_the_recipe_s_device(monkeypatch):
+    model, setups = make_model(), []
+    monkeypatch.setattr(loop_module, "ProcessPool", lambda setup, *arguments, **named: setups.append(setup))
+    learner = SimpleNamespace(model=model, step=0, weights=model.state_dict)
+    config = make_config(device="cuda:1", pipeline={"workers": 1})
+    loop_module.make_pool(config, learner, tokenizer(), None, ROOT)
+    assert setups[0].device == "cuda:1"
+    # No GPU here; this device shows all the same where a model is put.
+    assert model_of(model.config, model.state_dict(), "meta").device.type == "meta"
+    scorer = []
+    monkeypatch.setattr("openzaya.rl.reward_model.RewardModel.load", lambda path, device: scorer.append(device))
+    make_reward(BehaviourConfig(reward_model="07-rm"), {"a": {"letters": None}}, ROOT, setups[0].device)
+    assert scorer == ["cuda:1"]
 
 
 def test_channel_puts_messages_together_and_never_blocks():

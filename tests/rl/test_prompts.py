@@ -6,6 +6,7 @@ import json
 from collections import Counter
 
 import pytest
+from pydantic import ValidationError
 
 from openzaya.data.tokenizer import train_tokenizer
 from openzaya.errors import DataError
@@ -109,7 +110,7 @@ def test_prompts_that_are_too_long_become_easier(tokenizer):
 
 def test_tasks_that_cannot_be_set_become_easier(tokenizer, monkeypatch):
     one = stream(tokenizer, source(environments=problems("sorting"), difficulties=(5, 5)))
-    (environment,) = one.environments.values()
+    (environment,) = one.environments["a"].values()
     original = environment.task
 
     def task(difficulty, number):
@@ -123,6 +124,23 @@ def test_tasks_that_cannot_be_set_become_easier(tokenizer, monkeypatch):
     monkeypatch.setattr(environment, "task", lambda difficulty, number: task(9, number))
     with pytest.raises(DataError, match="took too long for difficulty 9"):
         one.next()
+
+
+def test_an_online_difficulty_that_cannot_be_set_comes_down(tokenizer, monkeypatch):
+    one = stream(tokenizer, source(environments=problems("sorting"), curriculum="online", start=6))
+    (environment,) = one.sources["a"].environments.values()
+    original = environment.task
+
+    def task(difficulty, number):
+        if difficulty > 4:
+            raise DataError("too hard to make")
+        return original(difficulty, number)
+
+    monkeypatch.setattr(environment, "task", task)
+    order = one.next()
+    assert order.task.difficulty == 4
+    one.finished(group(order, [0.0] * 4))
+    assert one.next().task.difficulty == 3, "what was asked counts, so it goes on down from there"
 
 
 def test_state_continues_the_stream(tokenizer):
@@ -153,3 +171,19 @@ def test_state_continues_the_stream(tokenizer):
 def test_bad_sources(tokenizer):
     with pytest.raises(DataError, match="weight 0"):
         stream(tokenizer, source(weight=0))
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"difficulties": (7, 0)}, "difficulties="),
+        ({"difficulties": (-2, 3)}, "difficulties="),
+        ({"curriculum": "online", "start": -1}, "start=-1"),
+        ({"curriculum": "online", "max_difficulty": -1}, "max_difficulty"),
+        ({"aggregation": {"tails_share": 0.5, "solve_rates": (0.95, 0.0)}}, "solve_rates="),
+        ({"aggregation": {"tails_share": 0.5, "num_candidates": (0, 2)}}, "num_candidates="),
+    ],
+)
+def test_levels_and_rates_that_cannot_be_are_refused_with_the_recipe(values, complaint):
+    with pytest.raises(ValidationError, match=complaint):
+        PromptSource(**source(**values))

@@ -17,6 +17,11 @@ from tests.rl.test_processes import ROLLOUT, assert_same, collect_all, expected,
 __all__ = ["expected"]
 
 
+def make_setup(model, **settings):
+    specs = {"a": [LettersSpec(trouble="slow")], "b": [LettersSpec(trouble="very slow")]}
+    return WorkerSetup(model.config, tokenizer(), specs, ROLLOUT, behaviour=None, stages=ROOT, threads=1, **settings)
+
+
 @pytest.fixture
 def pool(monkeypatch):
     from openzaya.rl.adapters.ray import RayPool
@@ -24,10 +29,8 @@ def pool(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.syspath_prepend(str(ROOT))
-    specs = [LettersSpec(trouble="slow")]
     model = make_model()
-    setup = WorkerSetup(model.config, tokenizer(), specs, ROLLOUT, behaviour=None, stages=ROOT, threads=1)
-    one = RayPool(setup, 2, step=0, weights=model.state_dict())
+    one = RayPool(make_setup(model), 2, step=0, weights=model.state_dict())
     yield one
     one.close()
 
@@ -52,3 +55,17 @@ def test_actors_make_the_same_groups_and_may_die(pool, expected):
     pool.publish(5, {name: tensor * 1.01 for name, tensor in make_model().state_dict().items()})
     pool.submit([Order(99, "a", "plain", LettersEnvironment().task(0, 1), 4, 7)])
     assert collect_all(pool, 1)[99].oldest_version == 5
+    # Four verdicts take longer than an actor may be silent for, no single one does.
+    pool._hang_limit_s = 2.0
+    pool.submit([Order(100, "b", "plain", LettersEnvironment().task(0, 1), 4, 7)])
+    assert collect_all(pool, 1)[100].seconds > 4 * 0.8
+    assert pool.metrics()["rollout/restarts"] == 1
+    silences = [pool._transport.silence_s(place.number) for place in pool._places]
+    assert min(silences) < 60 and pool._transport.silence_s(-1) == float("inf")
+
+
+def test_actors_ask_for_what_they_need():
+    from openzaya.rl.adapters.ray import resources_of
+
+    assert resources_of(make_setup(make_model())) == {"num_cpus": 1}
+    assert resources_of(make_setup(make_model(), device="cuda:1")) == {"num_cpus": 1, "num_gpus": 1}

@@ -6,6 +6,7 @@ No real SGLang takes part: what it is asked and how it answers is written down h
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from openzaya.errors import ConfigError, TrainingError
 from openzaya.infer.engine import Engine
 from openzaya.infer.sampling import SamplingParams
 from openzaya.model import hf
+from openzaya.rl.adapters import remote, servers
 from openzaya.rl.adapters.remote import RemotePool
 from openzaya.rl.pool import LocalPool, RolloutEngine
 from openzaya.rl.rollout import Order, RolloutConfig
@@ -36,7 +38,7 @@ def make_orders(num):
 
 def local_groups(config, num=8, scale=1.0, step=0):
     model = make_model()
-    engine = RolloutEngine(model, tokenizer(), {"letters": LettersEnvironment()}, config, step=step)
+    engine = RolloutEngine(model, tokenizer(), {"a": {"letters": LettersEnvironment()}}, config, step=step)
     engine.update_weights(step, {name: tensor * scale for name, tensor in model.state_dict().items()})
     pool = LocalPool(engine)
     pool.submit(make_orders(num))
@@ -47,7 +49,7 @@ def local_groups(config, num=8, scale=1.0, step=0):
 
 def make_pool(urls, directory, config=WITHOUT, **settings):
     model = make_model()
-    environments = {"letters": LettersEnvironment()}
+    environments = {"a": {"letters": LettersEnvironment()}}
     settings = {"step": 0, "weights": model.state_dict(), "directory": directory} | settings
     return RemotePool(urls, model.config, tokenizer(), environments, config, **settings)
 
@@ -110,12 +112,18 @@ def test_end_token_is_told_to_those_who_ask_for_logprobs(ours):
 
 
 class ScriptedSGLang:
-    """/get_model_info, /generate and /update_weights_from_disk; ``trouble`` holds status codes to answer with first."""
+    """/get_model_info, /generate and /update_weights_from_disk.
+
+    ``trouble`` and ``load_trouble`` hold status codes to answer with first; while ``gate`` is closed nothing is
+    generated.
+    """
 
     def __init__(self):
         self.engine = Engine(make_model(), tokenizer(), max_running=8)
-        self.version, self.trouble, self.loaded, self.asked = "default", [], [], []
+        self.version, self.trouble, self.load_trouble, self.loaded, self.asked = "default", [], [], [], []
         self.keeps_end = True
+        self.gate = threading.Event()
+        self.gate.set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -128,8 +136,11 @@ class ScriptedSGLang:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append(self.path)
-                if self.path == "/generate" and outer.trouble:
-                    self.answer(outer.trouble.pop(), {"error": {"message": "planted"}})
+                if self.path == "/generate":
+                    outer.gate.wait(60)
+                trouble = outer.trouble if self.path == "/generate" else outer.load_trouble
+                if trouble:
+                    self.answer(trouble.pop(), {"error": {"message": "planted"}})
                 elif self.path == "/generate":
                     self.answer(200, outer.generate(body))
                 else:
@@ -173,7 +184,13 @@ class ScriptedSGLang:
         self.loaded.append(body["model_path"])
         return {"success": True, "message": "loaded"}
 
+    def start_anew(self):
+        """As after a crash: with the weights that it was launched with."""
+        self.engine.update_weights(make_model(seed=1).state_dict())
+        self.version = "default"
+
     def close(self):
+        self.gate.set()
         self.server.shutdown()
         self.server.server_close()
         self.engine.close()
@@ -212,6 +229,76 @@ def test_run_with_sglang_form_at_staleness_0_is_the_local_run(sglang, tmp_path):
     assert len(sglang.loaded) == 4
 
 
+def test_server_that_takes_weights_gets_them_though_fixed_ones_would_do(sglang, tmp_path):
+    """A short trial: all of its steps are within ``max_staleness``, and the policy is the recipe's all the same."""
+    sglang.start_anew()
+    pipeline = {"pool": "remote", "endpoints": [sglang.url], "max_staleness": 2, "publish_every": 1}
+    rollout = {"group_size": 4, "max_new_tokens": 8, "replay_experts": False}
+    run(tmp_path / "01-rl", steps=2, pipeline=pipeline, rollout=rollout, max_engine_trainer_kl=1.0)
+    assert len(trained(tmp_path / "01-rl")) == 8
+    assert [path.rpartition("-")[2] for path in sglang.loaded] == ["00000000", "00000001", "00000002"]
+
+
+def test_fixed_weights_beside_published_ones(sglang, ours, tmp_path):
+    """After a resume too, what a server made with the weights that it began with is not of the learner's step."""
+    with pytest.raises(ConfigError, match="takes no weights while it runs"):
+        make_pool([sglang.url, ours], tmp_path)
+    pool = make_pool([sglang.url, ours], tmp_path, step=7, fixed_weights=True)
+    pool.submit(make_orders(8))
+    versions = {group.oldest_version for group in collect_all(pool, 8).values()}
+    pool.close()
+    assert versions == {0, 7} and len(sglang.loaded) == 1
+
+
+def test_server_that_was_started_anew_gets_the_newest_weights(sglang, tmp_path):
+    pool = make_pool([sglang.url], tmp_path)
+    pool.publish(3, {name: tensor * 1.01 for name, tensor in make_model().state_dict().items()})
+    sglang.start_anew()
+    pool.submit(make_orders(8))
+    # Not one token of the launch's weights, and one load, however many requests have found them lost.
+    assert_same(collect_all(pool, 8), local_groups(WITHOUT, scale=1.01, step=3))
+    assert len(sglang.loaded) == 3 and pool.metrics()["rollout/retries"] >= 1
+    pool.close()
+    # One that keeps its own weights whatever it is told to load.
+    pool = make_pool([sglang.url], tmp_path, retry_limit_s=0.5)
+    sglang.load = lambda body: {"success": True}
+    sglang.start_anew()
+    pool.submit(make_orders(1))
+    with pytest.raises(TrainingError, match=r"has failed for .*answers with weights 'default'"):
+        pool.collect(timeout_s=60)
+    pool.close()
+
+
+def test_weights_are_loaded_though_the_server_is_busy_and_at_times_away(sglang, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "CONNECTIONS", 1)
+    monkeypatch.setattr(servers, "CONNECT_LIMIT_S", 1.0)
+    pool = make_pool([sglang.url], tmp_path, retry_limit_s=2)
+    sglang.gate.clear()
+    pool.submit(make_orders(2))
+    # The only connection for rollouts is taken, and weights do not wait for it.
+    sglang.load_trouble = [503, 500]
+    pool.publish(1, make_model().state_dict())
+    assert len(sglang.loaded) == 2 and sglang.asked.count("/update_weights_from_disk") == 4
+    sglang.gate.set()
+    assert len(collect_all(pool, 2)) == 2
+    sglang.load_trouble = [400]
+    with pytest.raises(TrainingError, match=r"HTTP 400: .*planted"):
+        pool.publish(2, make_model().state_dict())
+    monkeypatch.setattr(pool, "_retry_limit_s", 0.5)
+    sglang.load_trouble = [503] * 50
+    with pytest.raises(TrainingError, match=r"has failed for .* HTTP 503.*then resume"):
+        pool.publish(3, make_model().state_dict())
+    pool.close()
+
+
+def test_checkpoints_of_a_run_that_went_on_from_an_earlier_step(sglang, tmp_path):
+    make_pool([sglang.url], tmp_path, step=20).close()
+    pool = make_pool([sglang.url], tmp_path, step=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert pool._transport.pull(-1)[0] == 4
+    pool.close()
+
+
 def test_refusals_end_the_run_with_the_server_s_words(sglang, tmp_path):
     with pytest.raises(ConfigError, match=r"does not return experts; set rollout\.replay_experts=false"):
         make_pool([sglang.url], tmp_path, WITH_EXPERTS)
@@ -228,6 +315,45 @@ def test_refusals_end_the_run_with_the_server_s_words(sglang, tmp_path):
     with pytest.raises(TrainingError, match="does not return the log probability of the token that ends"):
         collect_all(pool, 8)
     pool.close()
+
+
+def test_server_that_never_answers(sglang, ours, tmp_path):
+    """Neither the order nor the process waits for it for ever."""
+    sglang.gate.clear()
+    pool = make_pool([sglang.url, ours], tmp_path, fixed_weights=True, answer_limit_s=1)
+    pool.submit(make_orders(2))
+    assert len(collect_all(pool, 2)) == 2
+    assert pool.metrics()["rollout/retries"] >= 1
+    threads = [thread for thread in threading.enumerate() if thread.name == "rollout request"]
+    assert threads and all(thread.daemon for thread in threads)
+    pool.close()
+    pool = make_pool([sglang.url], tmp_path, answer_limit_s=0.2, retry_limit_s=0.2)
+    pool.submit(make_orders(1))
+    with pytest.raises(TrainingError, match=r"has failed for .*ReadTimeout.*then resume"):
+        pool.collect(timeout_s=60)
+    pool.close()
+
+
+def test_connection_tells_when_the_other_machine_is_gone(ours):
+    with servers.make_client(5) as client, client.stream("GET", f"{ours}/v1/models") as response:
+        sock = response.extensions["network_stream"].get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        for name, value in servers.KEEPALIVE:
+            assert sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
+
+
+def test_long_rollouts_do_not_count_as_failures(monkeypatch):
+    """A request that fails after hours is made again as any other, and one failure more does not end it."""
+    now = 0.0
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: now))
+    attempts = remote._Attempts(300, lambda pause_s: False)
+    server = SimpleNamespace(url="http://server")
+    now = 10_000.0
+    attempts.failed(server, OSError("away"))
+    now = 20_000.0
+    attempts.failed(server, OSError("away"))
+    with pytest.raises(TrainingError, match=r"http://server has failed for 10000 s \(OSError: away\)"):
+        attempts.failed(server, OSError("away"))
 
 
 def test_server_that_stays_away_ends_the_run(sglang, tmp_path):

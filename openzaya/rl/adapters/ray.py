@@ -2,7 +2,9 @@
 
     weights   an actor of its own, the board, holds the reference of the newest; Ray's object store moves them
     orders    handed out and taken back as in a pool of processes (orders.py)
-    deaths    an actor that is gone, or does not answer for ``hang_limit_s``, is replaced; its orders go out again
+    beats     an actor that is judging says so on the board: a call may take long, a single verdict may not
+    deaths    an actor that is gone, or neither answers nor beats for ``hang_limit_s``, is replaced; its orders go out
+              again
 
 An actor is asked to advance, again and again: it takes orders and the newest weights, waits a moment for groups, and
 returns those that are finished; its engine goes on between two calls. The learner asks whenever it submits, publishes
@@ -12,6 +14,7 @@ or collects. ``RAY_ADDRESS`` names the cluster; without it one is started on thi
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import signal
@@ -19,16 +22,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openzaya.errors import ConfigError, OpenZayaError, TrainingError
 from openzaya.rl.orders import OrderBook
 from openzaya.rl.pool import RolloutEngine
 from openzaya.rl.rollout import Group, Order
-from openzaya.rl.worker import WorkerSetup, make_engine
+from openzaya.rl.worker import BEAT_S, WorkerSetup, make_engine
 
 try:
     import ray
@@ -36,7 +40,7 @@ except ImportError as error:
     raise ConfigError(f"pipeline.pool='ray' needs Ray ({error}); pip install 'openzaya[ray]'") from None
 
 HANG_LIMIT_S = 300.0
-"""Longest time that a call to an actor may take, its start included."""
+"""Longest time that a call to an actor may take without a beat, its start included."""
 ADVANCE_S = 0.5
 """How long an actor waits for a group in one call."""
 MAX_FAILED_STARTS = 5
@@ -44,16 +48,23 @@ MAX_FAILED_STARTS = 5
 
 
 class _Board:
-    """Holds the reference of the newest weights; an actor."""
+    """Holds the reference of the newest weights and the time of each worker's last beat; an actor."""
 
     def __init__(self) -> None:
         self._step, self._reference = -1, None
+        self._beats_s: dict[int, float] = {}
 
     def post(self, step: int, reference: list[Any]) -> None:
         self._step, self._reference = step, reference[0]
 
     def newest(self, newer_than: int) -> tuple[int, list[Any]] | None:
         return (self._step, [self._reference]) if self._step > newer_than else None
+
+    def beat(self, number: int) -> None:
+        self._beats_s[number] = time.monotonic()
+
+    def silence_s(self, number: int) -> float:
+        return time.monotonic() - self._beats_s.get(number, -math.inf)
 
 
 class RayTransport:
@@ -71,16 +82,25 @@ class RayTransport:
         found = ray.get(self._board.newest.remote(newer_than))
         return None if found is None else (found[0], ray.get(found[1][0]))
 
+    def beat(self, number: int) -> None:
+        """Actor ``number`` makes progress; returns at once."""
+        self._board.beat.remote(number)
+
+    def silence_s(self, number: int) -> float:
+        """Seconds since the last beat of actor ``number``."""
+        return ray.get(self._board.silence_s.remote(number))
+
     def close(self) -> None:
         """End the board."""
         ray.kill(self._board)
 
 
 class _Actor:
-    """One rollout worker."""
+    """One rollout worker; ``number`` is nobody else's."""
 
-    def __init__(self, setup: bytes, transport: RayTransport) -> None:
-        self._transport = transport
+    def __init__(self, setup: bytes, transport: RayTransport, number: int) -> None:
+        self._transport, self._number = transport, number
+        self._last_beat_s = 0.0
         self._setup: WorkerSetup = pickle.loads(setup)
         self._step = -1
         self._engine: RolloutEngine | None = None
@@ -91,7 +111,7 @@ class _Actor:
         if newer is not None:
             self._step, weights = newer
             if self._engine is None:
-                self._engine = make_engine(self._setup, self._step, weights)
+                self._engine = make_engine(self._setup, self._step, weights, self._beat)
             else:
                 self._engine.update_weights(self._step, weights)
         assert self._engine is not None
@@ -100,6 +120,11 @@ class _Actor:
             return []
         return self._engine.finished(timeout_s)
 
+    def _beat(self) -> None:
+        if time.monotonic() - self._last_beat_s >= BEAT_S:
+            self._last_beat_s = time.monotonic()
+            self._transport.beat(self._number)
+
 
 @dataclass
 class _Place:
@@ -107,6 +132,8 @@ class _Place:
 
     index: int
     actor: Any = None
+    number: int = -1
+    """The actor's."""
     call: Any = None
     """The reference of what :meth:`_Actor.advance` is to return."""
     called_at_s: float = 0.0
@@ -136,10 +163,13 @@ class RayPool:
                     ray.init(**_cluster(num_workers * setup.threads))
             except Exception as error:
                 raise ConfigError(f"Ray does not start ({error}); see RAY_ADDRESS, or choose another pool") from None
-        self._setup, self._threads, self._hang_limit_s = pickle.dumps(setup), setup.threads, hang_limit_s
+        self._resources = resources_of(setup)
+        # Ray shows an actor its own GPU alone, as the first one.
+        self._setup = pickle.dumps(replace(setup, device=torch.device(setup.device).type))
+        self._hang_limit_s = hang_limit_s
         self._book = OrderBook(num_workers, setup.rollout.max_running)
         self._places = [_Place(index) for index in range(num_workers)]
-        self._failed_starts = self._num_restarts = 0
+        self._failed_starts = self._num_restarts = self._num_actors = 0
         self._is_closed = False
         self._transport = RayTransport()
         self._transport.publish(step, weights)
@@ -188,8 +218,10 @@ class RayPool:
     # --- actors -----------------------------------------------------------------------------------
 
     def _start(self, place: _Place) -> None:
-        settings: dict[str, Any] = {"num_cpus": self._threads, "max_restarts": 0, "max_task_retries": 0}
-        place.actor = ray.remote(**settings)(_Actor).remote(self._setup, self._transport)
+        settings: dict[str, Any] = {**self._resources, "max_restarts": 0, "max_task_retries": 0}
+        place.number = self._num_actors
+        self._num_actors += 1
+        place.actor = ray.remote(**settings)(_Actor).remote(self._setup, self._transport, place.number)
         place.has_answered = False
         self._call(place, [])
 
@@ -203,12 +235,17 @@ class RayPool:
         for place in self._places:
             if ray.wait([place.call], timeout=0)[0]:
                 self._answered(place)
-            elif (waited_s := time.monotonic() - place.called_at_s) > self._hang_limit_s:
-                self._lost(place, f"did not answer for {waited_s:.0f} s")
+            elif (silence_s := self._silence_s(place)) > self._hang_limit_s:
+                self._lost(place, f"showed no progress for {silence_s:.0f} s")
         idle = [place for place in self._places if place.call is None]
         given = self._book.hand_out([place.index for place in idle])
         for place in idle:
             self._call(place, given.get(place.index, []))
+
+    def _silence_s(self, place: _Place) -> float:
+        """Since the actor was called, or since its last beat; the board is asked only where that decides."""
+        waited_s = time.monotonic() - place.called_at_s
+        return waited_s if waited_s <= self._hang_limit_s else min(waited_s, self._transport.silence_s(place.number))
 
     def _answered(self, place: _Place) -> None:
         try:
@@ -251,6 +288,11 @@ def _own_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def resources_of(setup: WorkerSetup) -> dict[str, int]:
+    """What an actor asks Ray for: its threads, and a GPU of its own where it is to use one."""
+    return {"num_cpus": setup.threads} | ({"num_gpus": 1} if torch.device(setup.device).type == "cuda" else {})
 
 
 def _cluster(num_cpus: int) -> dict[str, Any]:

@@ -11,13 +11,14 @@ leaves it out is refused: the policy would never learn when to stop.
 from __future__ import annotations
 
 import base64
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 import numpy as np
 
-from openzaya.errors import ConfigError, OpenZayaError, TrainingError
+from openzaya.errors import ConfigError, TrainingError
 from openzaya.infer.outputs import Completion, TokenLogprob
 from openzaya.infer.text import visible_text
 from openzaya.rl.rollout import Order, RolloutConfig
@@ -28,11 +29,30 @@ if TYPE_CHECKING:
 TOO_BUSY = (408, 409, 425, 429)
 """Refusals that pass."""
 LARGEST_SEED = 1 << 31
-LOAD_TIMEOUT_S = 600.0
+CONNECT_LIMIT_S = 30.0
+ANSWER_LIMIT_S = 4 * 3600.0
+"""Rollouts come as a whole, behind all that the server has to do before. A server that hangs is noticed after that."""
+LOAD_LIMIT_S = 600.0
+KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 6))
+"""A server whose machine or network is gone is noticed within minutes, while it is waited for."""
 
 
-class Refused(OpenZayaError):
+class Refused(TrainingError):
     """A server's answer that will not change."""
+
+
+class LostWeights(Exception):
+    """A server answered with weights of its own, not with those that it was given: it has been started anew."""
+
+
+def make_client(answer_limit_s: float, max_connections: int | None = None) -> httpx.Client:
+    """Connections to rollout servers, without a proxy; no answer for ``answer_limit_s`` is an ``httpx.ReadTimeout``."""
+    options: list[tuple[int, int, int]] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in KEEPALIVE:
+        if hasattr(socket, name):  # not every system has all of them
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    transport = httpx.HTTPTransport(limits=httpx.Limits(max_connections=max_connections), socket_options=options)
+    return httpx.Client(transport=transport, timeout=httpx.Timeout(CONNECT_LIMIT_S, read=answer_limit_s))
 
 
 class Server(Protocol):
@@ -49,11 +69,16 @@ class Server(Protocol):
 
         Raises:
             Refused: asking again is of no use.
-            httpx.HTTPError: it may be.
+            LostWeights: it has to load weights first.
+            httpx.HTTPError: asking again may be of use.
         """
 
     def load_weights(self, path: Path, step: int) -> None:
-        """Take the checkpoint at ``path``."""
+        """Take the checkpoint at ``path``, which is that of learner step ``step``.
+
+        Raises:
+            Refused, httpx.HTTPError: as :meth:`sample`.
+        """
 
 
 def find_server(client: httpx.Client, url: str, tokenizer: PreTrainedTokenizerFast) -> Server:
@@ -65,9 +90,9 @@ def find_server(client: httpx.Client, url: str, tokenizer: PreTrainedTokenizerFa
     """
     base = url.rstrip("/").removesuffix("/v1")
     try:
-        if _is_object(client.get(f"{base}/get_model_info"), "model_path"):
+        if _is_object(client.get(f"{base}/get_model_info", timeout=CONNECT_LIMIT_S), "model_path"):
             return SGLangServer(client, base, tokenizer)
-        models = client.get(f"{base}/v1/models")
+        models = client.get(f"{base}/v1/models", timeout=CONNECT_LIMIT_S)
         if _is_object(models, "data") and models.json()["data"]:
             first = models.json()["data"][0]
             return CompletionsServer(client, base, tokenizer, first["id"], first.get("owned_by") == "openzaya")
@@ -115,18 +140,20 @@ class SGLangServer:
         if reason == "abort":
             # Other weights were loaded meanwhile, or the server is ending: asked again, as any other failure.
             raise httpx.ReadError("the server gave up the request")
-        version = str(meta.get("weight_version", ""))
+        version = meta.get("weight_version")
+        if version is not None and not str(version).isdecimal():
+            # Weights that the learner publishes have their step's number.
+            raise LostWeights(f"it answers with weights '{version}' in place of those that were published")
         completion = _completion(index, chosen, reason, self._tokenizer, self.url)
-        return completion, int(version) if version.isdigit() else None
+        return completion, None if version is None else int(version)
 
     def load_weights(self, path: Path, step: int) -> None:
         body = {"model_path": str(path.resolve()), "weight_version": str(step)}
-        try:
-            reply = _post(self._client, f"{self.url}/update_weights_from_disk", body, timeout_s=LOAD_TIMEOUT_S)
-        except httpx.HTTPError as error:
-            raise TrainingError(f"{self.url} did not load weights ({type(error).__name__}: {error})") from None
+        # Not over the connections of rollouts, all of which may be taken for long.
+        with make_client(LOAD_LIMIT_S) as client:
+            reply = _post(client, f"{self.url}/update_weights_from_disk", body)
         if not (isinstance(reply, dict) and reply.get("success")):
-            raise TrainingError(f"{self.url} did not load {path}: {_short(reply)}; does it see that directory?")
+            raise Refused(f"{self.url} did not load {path}: {_short(reply)}; does it see that directory?")
 
 
 class CompletionsServer:
@@ -178,7 +205,7 @@ class CompletionsServer:
         return completion
 
     def load_weights(self, path: Path, step: int) -> None:
-        raise TrainingError(f"{self.url} takes no weights while it runs")
+        raise Refused(f"{self.url} takes no weights while it runs")
 
 
 def _completion(
@@ -207,10 +234,9 @@ def _completion(
     )
 
 
-def _post(client: httpx.Client, url: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
+def _post(client: httpx.Client, url: str, body: dict[str, Any]) -> Any:
     """The JSON of an answer. Raises :class:`Refused`, or an ``httpx.HTTPError`` where trying again may help."""
-    timeout = httpx.Timeout(30, read=timeout_s)
-    response = client.post(url, json=body, timeout=timeout)
+    response = client.post(url, json=body)
     if response.status_code in TOO_BUSY or response.status_code >= 500:
         raise httpx.HTTPStatusError(f"HTTP {response.status_code}", request=response.request, response=response)
     try:

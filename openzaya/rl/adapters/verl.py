@@ -144,8 +144,8 @@ def dppo_loss(
     metrics = {
         "actor/ppo_kl": found.kl_nats,
         "actor/pearson_r": found.pearson_r,
-        "actor/masked_share_positive": result.masked_share_positive,
-        "actor/masked_share_negative": result.masked_share_negative,
+        "actor/masked_share_positive": result.masked_positive / max(1, result.num_positive),
+        "actor/masked_share_negative": result.masked_negative / max(1, result.num_negative),
         "actor/mean_ratio": result.mean_ratio,
     }
     # verl averages gradients over its ranks, where the loss is one over the whole step.
