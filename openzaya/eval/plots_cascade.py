@@ -68,7 +68,7 @@ def _stages(cascade: dict[str, Any]) -> Figure | None:
         _points(axes, [(at + 0.09, rsa["avg"])], INK, "*", linestyle="none", label="Markovian RSA", markersize=11)
     if len(labels) > num_stages:
         axes.axvline(num_stages - 0.5, color=MUTED, linewidth=0.8)
-    axes.set_xticks(range(len(labels)), labels, fontsize=9)
+    axes.set_xticks(range(len(labels)), [_wrapped(label) for label in labels], fontsize=9)
     axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
@@ -131,7 +131,12 @@ def _by_family(cascade: dict[str, Any]) -> Figure | None:
             axes.text(column, line, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=colour)
     axes.imshow(table, cmap=cmap, vmin=0, vmax=1, aspect="auto")
     label_grid(axes, num_rows=len(families), num_columns=len(rows))
-    axes.set_xticks(range(len(rows)), [str(row["label"]) for row in rows], fontsize=9)
+    axes.set_xticks(range(len(rows)), [_wrapped(str(row["label"])) for row in rows], fontsize=9)
     axes.set_yticks(range(len(families)), [family.replace("_", " ") for family in families])
     axes.set_title("By family", pad=10)
     return figure
+
+
+def _wrapped(label: str) -> str:
+    """A row's name below its column: what stands after the first comma on a line of its own."""
+    return label.replace(", ", "\n", 1)

@@ -135,7 +135,10 @@ class PromptStream:
         if point >= forms.tails_share + forms.answers_share or not state.memory:
             return None
         form: Form = "tails" if point < forms.tails_share else "answers"
-        task, responses = rng.choice(state.memory)
+        # Shown once: a policy that meets the same few tasks again and again learns their answers, not to compare.
+        place = rng.randrange(len(state.memory))
+        task, responses = state.memory[place]
+        del state.memory[place]
         num = min(rng.randint(*forms.num_candidates), len(responses))
         chosen = [split_response(text) for text in rng.sample(responses, num)]
         if form == "tails":

@@ -22,7 +22,8 @@ class _Section(BaseModel):
 class AggregationForms(_Section):
     """Prompts that show the policy its own earlier rollouts of the same task (test-time compute).
 
-    The candidates come from groups that this run has finished; until there are some, tasks are asked plainly.
+    The candidates come from groups that this run has finished, each shown once; where there are none, tasks are asked
+    plainly, so the shares are upper limits: every aggregation prompt needs a plain one before it.
     """
 
     tails_share: float = Field(0.0, ge=0, le=1)

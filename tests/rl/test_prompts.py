@@ -92,7 +92,8 @@ def test_aggregation_prompts_show_the_policys_own_rollouts(tokenizer, form):
     assert len(shown) == 2
     assert "x x x x" not in prompt and ("b0" not in prompt if form == "tails" else "a0" not in prompt)
     one.finished(remembered(order, texts, [1, 0, 0, 0]))
-    assert len(one.sources["a"].memory) == 1, "only plain groups are remembered"
+    assert not one.sources["a"].memory, "a group is shown once, and only plain ones are remembered"
+    assert one.next().form == "plain"
 
 
 def test_prompts_that_are_too_long_become_easier(tokenizer):
