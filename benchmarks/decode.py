@@ -18,7 +18,7 @@ In the bfloat16 process both sides share the very same tensors. int8 and int4 ru
 with it, because the three do not fit in memory together. Reading speed is measured in each process before and after;
 the roofline is the speed at which the bytes that a step has to read could be read. A few layers (the default is 4)
 fit partly in large caches: such a run is for a quick look; ``--layers 40`` is the model. The last line is one JSON
-object; 40 layers are also written to benchmarks/results/decode.json.
+object; 40 layers in all formats are also written to benchmarks/results/decode.json.
 """
 
 from __future__ import annotations

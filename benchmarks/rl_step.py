@@ -19,9 +19,9 @@ no turn ends before T tokens on either side: nothing is padded then, and no plac
 
 Rollout tokens/s are sampled tokens over the seconds from prompts to rollouts: ours with judging, TRL's without. Steps/h
 are whole steps. Ratios of CPU time (of all threads) are printed beside them where one process does it all: a machine's
-other work hardly changes these, and they say nothing of how well threads are used. Steps of the two sides alternate in
-one process; the first of each is not counted. TRL is not among OpenZAYA's dependencies: ``pip install trl accelerate
-datasets``, beside it or in an environment of its own.
+other work hardly changes these, and they say nothing of how well threads are used. With ``--workers`` the CPU seconds
+of ours are the learner's alone. Steps of the two sides alternate; the first of each is not counted. TRL is not among
+OpenZAYA's dependencies: ``pip install trl accelerate datasets``, beside it or in an environment of its own.
 
 The last line is one JSON object; a run without --quick also writes benchmarks/results/rl_step.json.
 """

@@ -124,7 +124,8 @@ class PromptStream:
             if task is not None:
                 if difficulty < wanted:
                     self.num_eased += 1
-                    # Groups of another level than an environment's own do not count: it would never come down again.
+                    # With the online curriculum, groups of another level than the environment's own do not count: it
+                    # would never come down again. With the fixed one nothing asks for this.
                     state.online[environment.name].difficulty = difficulty
                 return task
         raise DataError(trouble)
