@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IMPOSSIBLE = -math.inf
+NOTHING_CHOSEN = TokenLogprob(-1, math.nan)
 
 
 class Progress(NamedTuple):
@@ -239,11 +240,10 @@ def choose(logits_BV: Tensor, states: Sequence[SequenceState]) -> list[TokenLogp
     if free:
         for row, token in zip(free, _draw(logits_BV, states, free), strict=True):
             tokens[row] = token
-    wanted: dict[int, list[int]] = {}
+    wanted: dict[int | None, list[int]] = {}
     for row, state in enumerate(states):
-        if state.params.logprobs is not None:
-            wanted.setdefault(state.params.logprobs, []).append(row)
-    chosen = [TokenLogprob(token, math.nan) for token in tokens]
+        wanted.setdefault(state.params.logprobs, []).append(row)
+    chosen = [NOTHING_CHOSEN] * len(states)
     for num_top, rows in wanted.items():
         some_BV = logits_BV if len(rows) == len(states) else logits_BV[rows]
         found = _with_logprobs(some_BV, [tokens[row] for row in rows], num_top)
@@ -265,7 +265,9 @@ def _draw(logits_BV: Tensor, states: Sequence[SequenceState], free: list[int]) -
     return tokens
 
 
-def _with_logprobs(logits_BV: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprob]:
+def _with_logprobs(logits_BV: Tensor, tokens: list[int], num_top: int | None) -> list[TokenLogprob]:
+    if num_top is None:
+        return [TokenLogprob(token, math.nan) for token in tokens]
     if num_top == 0 and logits_BV.device.type == "cpu":
         return list(map(TokenLogprob, tokens, logprobs_on_cpu(logits_BV, tokens)))
     logprobs_BV = logits_BV.float().log_softmax(dim=-1)

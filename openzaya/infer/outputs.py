@@ -6,7 +6,7 @@ Shape suffixes: T generated tokens, L layers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 """``stop``: end of turn, a stop string or id, or a finished grammar. ``length``: out of tokens or positions."""
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """Natural log of the model's own probability of a token (temperature 1, before filters and penalties)."""
 
     token: int

@@ -78,7 +78,9 @@ class Candidate:
         """While it waits: the candidate that will have run so many of its tokens soon."""
         self._keys: list[bytes] = []
         self._pieces: list[str] = []
-        self._experts = np.empty((0, 0), dtype=np.uint8)
+        self._experts = bytearray()
+        """The classes of the tokens that have been run, L bytes a token: appending to bytes costs least."""
+        self._num_layers = 0
 
     @property
     def num_left(self) -> int:
@@ -105,17 +107,13 @@ class Candidate:
 
     def record_experts(self, start: int, experts_NL: np.ndarray) -> None:
         """Remember the classes of tokens ``start``, ``start + 1``, ..."""
-        end = start + len(experts_NL)
-        if end > len(self._experts):
-            grown = np.empty((max(end, 2 * len(self._experts), 2 * BLOCK_TOKENS), experts_NL.shape[1]), dtype=np.uint8)
-            if start:
-                grown[:start] = self._experts[:start]
-            self._experts = grown
-        self._experts[start:end] = experts_NL
+        self._num_layers = experts_NL.shape[1]
+        self._experts[start * self._num_layers :] = experts_NL.tobytes()
 
     def experts(self, start: int, end: int) -> np.ndarray:
         """A copy of the recorded classes, uint8 (end - start, L)."""
-        return self._experts[start:end].copy()
+        width = self._num_layers
+        return np.frombuffer(self._experts[start * width : end * width], np.uint8).reshape(end - start, width)
 
     def become_fork_of(self, leader: Candidate) -> None:
         """Everything but blocks and slot as in the leader, whose prompt has just been run."""

@@ -14,6 +14,7 @@ Shape suffixes: B rows, V vocabulary, G greedy rows.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Self
 
@@ -161,35 +162,33 @@ def draw_on_cpu(
     library = build.inference().library
     if library is None:
         return [int(_draw_plain(*row)) for row in zip(matrix_BV.split(1), params, uniforms, strict=True)]
-    settings = np.array(
-        [
-            (row.temperature, row.top_k, row.top_p, row.min_p, uniform)
-            for row, uniform in zip(params, uniforms, strict=True)
-        ]
-    )
-    tokens = np.empty(len(settings), dtype=np.int64)
-    library.cpu_draw(*_sizes(matrix_BV), *_addresses(matrix_BV.data_ptr(), settings.ctypes.data, tokens.ctypes.data))
-    drawn: list[int] = tokens.tolist()
-    return drawn
+    settings, tokens = array("d"), array("q", bytes(8 * len(params)))
+    for row, uniform in zip(params, uniforms, strict=True):
+        settings.extend((row.temperature, row.top_k, row.top_p, row.min_p, uniform))
+    library.cpu_draw(*_sizes(matrix_BV), *_addresses(matrix_BV.data_ptr(), *_places(settings, tokens)))
+    return tokens.tolist()
 
 
 def logprobs_on_cpu(logits_BV: Tensor, tokens: Sequence[int]) -> list[float]:
     """Natural logarithm of one token's share in each row, before any filter; each row by itself, bit for bit."""
     matrix_BV = logits_BV.float().contiguous()
-    chosen = np.array(tokens, dtype=np.int64)
+    chosen, found = array("q", tokens), array("f", bytes(4 * len(tokens)))
     library = build.inference().library
     if library is None:
         return [row_V.log_softmax(0)[token].item() for row_V, token in zip(matrix_BV, tokens, strict=True)]
-    found = np.empty(len(chosen), dtype=np.float32)
-    library.cpu_logprobs(*_sizes(matrix_BV), *_addresses(matrix_BV.data_ptr(), chosen.ctypes.data, found.ctypes.data))
-    logprobs: list[float] = found.tolist()
-    return logprobs
+    library.cpu_logprobs(*_sizes(matrix_BV), *_addresses(matrix_BV.data_ptr(), *_places(chosen, found)))
+    return found.tolist()
 
 
 def _sizes(matrix_BV: Tensor) -> tuple[ctypes.c_int, ctypes.c_int64, ctypes.c_int64]:
     """Threads, rows, columns. A few rows take less time than to wake the other threads."""
     threads = torch.get_num_threads() if matrix_BV.numel() >= SHARED_FROM else 1
     return ctypes.c_int(threads), ctypes.c_int64(matrix_BV.shape[0]), ctypes.c_int64(matrix_BV.shape[1])
+
+
+def _places(*arrays: array[Any]) -> Iterable[int]:
+    """Addresses. Arrays cost a small part of what NumPy's do."""
+    return (one.buffer_info()[0] for one in arrays)
 
 
 def _addresses(*addresses: int) -> Iterable[ctypes.c_void_p]:

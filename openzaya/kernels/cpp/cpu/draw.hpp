@@ -2,8 +2,8 @@
 //
 // A row's weights are e^((x - largest) / temperature). A token is kept or becomes zero: top-k keeps what is not smaller
 // than the k-th largest, top-p the smallest set of largest weights that holds its share, min-p what is not below a share
-// of the largest. The border of top-p is found without sorting: what lies above a pivot is summed, and the search goes
-// on in the part where the share is reached. The token is where the running sum passes the uniform number's share.
+// of the largest. The border of top-p is found without sorting, by sums of what is not below a number. The token is where
+// the running sum passes the uniform number's share.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,6 @@ struct Drawing {
 };
 
 constexpr int64_t PIECE = 64;
-constexpr int64_t FEW_ENOUGH_TO_SORT = 48;
 constexpr float SMALLEST_TEMPERATURE = 1e-30f;
 constexpr float SMALLEST_EXPONENT = -87.0f;  // below it a weight is zero
 
@@ -39,38 +38,51 @@ inline double mass(const float* x, int64_t n) {
     return total;
 }
 
+// The sum of what is not below `bound`; of pieces, like `mass`. `n` is a multiple of 16.
+inline double mass_from(const float* x, int64_t n, float bound) {
+    double total = 0;
+    for (int64_t begin = 0; begin < n; begin += 16 * PIECE) {
+        const int64_t end = std::min(begin + 16 * PIECE, n);
+        Floats sums[4] = {all(0), all(0), all(0), all(0)};
+        int64_t i = begin;
+        for (; i + PIECE <= end; i += PIECE)
+            for (int k = 0; k < 4; k++) sums[k] = sums[k] + at_least(load(x + i + k * LANES), bound);
+        for (; i < end; i += LANES) sums[0] = sums[0] + at_least(load(x + i), bound);
+        total += double(sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
+    }
+    return total;
+}
+
+inline float float_of(int32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline int32_t bits_of(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
 // The fewest largest of `x` whose sum reaches `target`: those above a number, and so many of its equals.
 struct Nucleus {
     float smallest = 0;
     int64_t equals = 0;
 };
 
-// Changes the order of `x`.
-inline Nucleus nucleus(float* x, int64_t n, double target) {
-    int64_t begin = 0, end = n;
-    double above = 0;
-    while (end - begin > FEW_ENOUGH_TO_SORT) {
-        const float a = x[begin], b = x[(begin + end) / 2], c = x[end - 1];
-        const float pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
-        float* const middle = std::partition(x + begin, x + end, [&](float v) { return v > pivot; });
-        float* const rest = std::partition(middle, x + end, [&](float v) { return v == pivot; });
-        const double larger = mass(x + begin, middle - (x + begin));
-        if (above + larger >= target) {
-            end = middle - x;
-            continue;
-        }
-        above += larger;
-        for (int64_t i = 0; i < rest - middle; i++, above += double(pivot))
-            if (above + double(pivot) >= target) return {pivot, i + 1};
-        begin = rest - x;
+// The number is the largest that leaves enough. Numbers from 0 on are ordered as their bits are, so it is found bit by
+// bit: a pass over all of `x` for each takes less time than moving them does. `n` is a multiple of 16.
+inline Nucleus nucleus(const float* x, int64_t n, float least, double target) {
+    int32_t enough = bits_of(least), too_few = bits_of(1.0f) + 1;  // the largest weight is 1
+    if (mass_from(x, n, least) < target) return {0, n};
+    while (too_few - enough > 1) {
+        const int32_t middle = enough + (too_few - enough) / 2;
+        (mass_from(x, n, float_of(middle)) >= target ? enough : too_few) = middle;
     }
-    std::sort(x + begin, x + end, [](float a, float b) { return a > b; });
-    for (int64_t i = begin, equals = 0; i < end; i++) {
-        equals = i > begin && x[i] == x[i - 1] ? equals + 1 : 1;
-        above += double(x[i]);
-        if (above >= target) return {x[i], equals};
-    }
-    return {0, n};
+    const float smallest = float_of(enough);
+    const double above = mass_from(x, n, float_of(too_few));
+    return {smallest, std::max<int64_t>(1, int64_t(std::ceil((target - above) / double(smallest))))};
 }
 
 inline float largest_of(const float* x, int64_t n) {
@@ -121,12 +133,15 @@ inline float kth_largest(const float* x, int64_t n, int64_t k, float* room) {
     return select(gather(x, n, bound, room));
 }
 
-// Makes zero what top-p leaves out. Of equals the token with the smaller id comes first.
+// Makes zero what top-p leaves out. Of equals the token with the smaller id comes first. `room` has place for n numbers
+// and 16 more.
 inline void keep_nucleus(float* e, int64_t n, double top_p, float* room) {
     const double total = mass(e, n);
     // All weights below this one together are less than what may be left out.
     const float small = float((1 - top_p) * total / double(n) * 0.999);
-    const Nucleus kept = nucleus(room, gather(e, n, small, room), top_p * total);
+    const int64_t count = gather(e, n, small, room), padded = round_up(count, LANES);
+    std::fill(room + count, room + padded, 0.0f);
+    const Nucleus kept = nucleus(room, padded, small, top_p * total);
     int32_t equals = 0;
     for (int64_t i = 0; i < n; i++) {
         e[i] = e[i] < kept.smallest ? 0.0f : e[i];
@@ -139,7 +154,7 @@ inline void keep_nucleus(float* e, int64_t n, double top_p, float* room) {
 inline int64_t draw_row(const float* logits, int64_t n, const Drawing& drawing) {
     static thread_local std::vector<float> weights, pool;
     const int64_t padded = round_up(n, LANES);
-    weights.resize(size_t(padded)), pool.resize(size_t(padded));
+    weights.resize(size_t(padded)), pool.resize(size_t(padded + LANES));
     float* e = weights.data();
     for (int64_t i = 0; i < n; i++) e[i] = usable(logits[i]);
     for (int64_t i = n; i < padded; i++) e[i] = -INFINITY;

@@ -70,6 +70,10 @@ inline Floats only(Floats x, int64_t begin, int64_t end, float other) {
                              _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(int(end)));
     return {_mm512_mask_blend_ps(inside, _mm512_set1_ps(other), x.v)};
 }
+// What is below `bound` as 0.
+inline Floats at_least(Floats x, float bound) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_GE_OQ), x.v)};
+}
 // Rounded to integers of 8 bits, which must be large enough.
 inline void store_bytes(void* p, Floats x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v))); }
 
@@ -160,6 +164,10 @@ inline Floats only(Floats x, int64_t begin, int64_t end, float other) {
         return _mm256_blendv_ps(_mm256_set1_ps(other), v, _mm256_castsi256_ps(inside));
     };
     return {half(x.a, 0), half(x.b, 8)};
+}
+inline Floats at_least(Floats x, float bound) {
+    auto half = [&](__m256 v) { return _mm256_and_ps(v, _mm256_cmp_ps(v, _mm256_set1_ps(bound), _CMP_GE_OQ)); };
+    return {half(x.a), half(x.b)};
 }
 inline void store_bytes(void* p, Floats x) {
     alignas(32) float numbers[16];
