@@ -29,6 +29,7 @@ from openzaya.environments.instructions import InstructionEnvironment
 from openzaya.errors import ConfigError
 from openzaya.eval.benchmarks import EvalConfig, Score, draw_problems, summarise_scores
 from openzaya.eval.cascade_jobs import InstructionScore, Job, Outcome, RSAScore, run_jobs
+from openzaya.eval.cascade_rsa import summarise_rsa
 from openzaya.intervals import mean_with_interval, paired_difference
 from openzaya.problems import NEVER_TRAINED, TRAINED_FAMILIES, Problem
 from openzaya.runlog import format_duration, write_json, write_text_atomically
@@ -170,7 +171,7 @@ def evaluate_cascade(
         watch.ended(job)
     result = _content(config, models, problems, subset, rows) | {"seconds": round(time.perf_counter() - started, 1)}
     samples = [sample | {"model": config.label(models[i])} for i, row in enumerate(rows) for sample in row.samples]
-    return result, samples, _problem_lines(config, models, problems, rows)
+    return result, samples, _problem_lines(config, models, problems, subset, rows)
 
 
 def instruction_tasks(test: InstructionTest, seed: int) -> list[Task]:
@@ -331,28 +332,10 @@ def _averages(
 
 
 def _rsa(config: CascadeConfig, single: Sequence[Score], row: _Row) -> dict[str, Any]:
-    """RSA and single rollouts of the same model on the same problems."""
-    found = [one for one in row.rsa if one is not None]
-
-    def interval(values: Sequence[float | None]) -> list[float] | None:
-        known = [value for value in values if value is not None]
-        return mean_with_interval(known) if known else None
-
-    final, majority = [one.rounds[-1] for one in found], [one.majority for one in found]
     return {
         "label": f"{config.label(config.models[-1])} + Markovian RSA",
         "settings": config.rsa.model_dump(mode="json") if config.rsa is not None else {},
-        "n": len(found),
-        "avg": interval(final),
-        "rounds": [interval([one.rounds[index] for one in found]) for index in range(len(found[0].rounds))],
-        "majority": interval(majority),
-        "pass": interval([one.passed for one in found]),
-        "truncation_rate": sum(one.truncated for one in found) / len(found),
-        "tokens_per_problem": sum(one.num_tokens for one in found) / len(found),
-        "single": summarise_scores(single),
-        "gain": paired_difference([one.average for one in single], final),
-        "gain_over_majority": paired_difference([one.majority for one in single], final),
-        "majority_gain": paired_difference([one.majority for one in single], majority),
+        **summarise_rsa(single, [one for one in row.rsa if one is not None]),
     }
 
 
@@ -360,9 +343,14 @@ def _rsa(config: CascadeConfig, single: Sequence[Score], row: _Row) -> dict[str,
 
 
 def _problem_lines(
-    config: CascadeConfig, models: Sequence[str], problems: Sequence[Problem], rows: Sequence[_Row]
+    config: CascadeConfig,
+    models: Sequence[str],
+    problems: Sequence[Problem],
+    subset: Sequence[int],
+    rows: Sequence[_Row],
 ) -> list[dict[str, Any]]:
     """Every problem with each row's numbers, for comparisons that nobody thought of yet."""
+    with_rsa = dict(zip(subset, rows[len(config.models) - 1].rsa, strict=True))
     lines = []
     for index, problem in enumerate(problems):
         numbers = {config.label(model): rows[row].scores[index] for row, model in enumerate(models)}
@@ -372,7 +360,9 @@ def _problem_lines(
             if one is not None
         }
         place = {"family": problem.family, "difficulty": problem.difficulty}
-        lines.append({**place, "prompt": problem.prompt, "rows": found})
+        rsa = with_rsa.get(index)
+        extra = {"rsa": {"rounds": list(rsa.rounds), "majority": rsa.majority, "passed": rsa.passed}} if rsa else {}
+        lines.append({**place, "prompt": problem.prompt, "rows": found, **extra})
     return lines
 
 

@@ -117,7 +117,7 @@ def _cascade_section(stage: Stage) -> CascadeSection:
         f"at most {cascade.get('max_new_tokens', MISSING)} new tokens",
         "brackets: 95 % intervals over problems, of differences paired by problem",
     ]
-    tables = [_row_table(cascade), _difference_table(cascade), _rsa_table(cascade)]
+    tables = [_row_table(cascade), _difference_table(cascade), _rsa_table(cascade), _band_table(cascade)]
     # The last model's responses say where the cascade has come to.
     last = [row["label"] for row in cascade.get("rows", []) if row["role"] == "cascade"][-1:]
     samples = [sample for sample in stage.samples if [sample.get("model")] == last]
@@ -200,6 +200,22 @@ def _rsa_table(cascade: dict[str, Any]) -> Table | None:
     ]
     header = (f"last model, {rsa['n']} problems", "mean", "majority", "at least one", "gain in the mean", "truncated")
     return Table(header, (rows[0], *rounds, rows[1]))
+
+
+def _band_table(cascade: dict[str, Any]) -> Table | None:
+    bands = (cascade.get("rsa") or {}).get("bands")
+    if not bands:
+        return None
+    rows = tuple(
+        (
+            band["single_right"],
+            str(band["n"]),
+            *(interval_text(band.get(key)) for key in ("first", "final")),
+            _points_text(band["gain"]),
+        )
+        for band in bands
+    )
+    return Table(("RSA where single rollouts are right in", "problems", "first round", "last round", "gain"), rows)
 
 
 def _comparison(cascade: dict[str, Any], before: str, after: str) -> dict[str, Any]:

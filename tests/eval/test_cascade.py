@@ -90,6 +90,11 @@ def test_the_table_has_a_row_a_model_and_the_comparisons_that_matter(monkeypatch
     rsa = result["rsa"]
     assert (rsa["label"], rsa["n"]) == ("c + Markovian RSA", 3)
     assert rsa["single"]["n"] == 3 and rsa["gain"][0] == pytest.approx(0.15) and rsa["majority_gain"][0] == 0.0
+    assert [(band["single_right"], band["n"]) for band in rsa["bands"]] == [
+        *(("below 30 %", 0), ("30 to 70 %", 0), ("above 70 %", 3), ("all", 0))
+    ]
+    assert rsa["bands"][2]["gain"][0] == pytest.approx(0.4) and rsa["bands"][0]["gain"] is None
+    assert [line["rsa"]["rounds"] for line in problems if "rsa" in line] == [[0.5, 0.9]] * 3
     assert result["n"] == len(problems) == 9 * 8 * 2
     assert problems[0]["rows"]["clean"]["average"] == 0.375
     assert lines[-1].endswith("ETA 0:00") and any("parts left" in line for line in lines)
