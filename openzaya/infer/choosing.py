@@ -28,7 +28,15 @@ from openzaya.data.tokenizer import encode_batch
 from openzaya.errors import EngineError
 from openzaya.infer.constraint import make_constraint
 from openzaya.infer.outputs import FinishReason, TokenLogprob
-from openzaya.infer.sampling import Penalties, SamplingParams, UniformStream, draw, draw_on_cpu, logprobs_on_cpu
+from openzaya.infer.sampling import (
+    Penalties,
+    SamplingParams,
+    UniformStream,
+    draw,
+    draw_on_cpu,
+    draw_with_logprobs_on_cpu,
+    logprobs_on_cpu,
+)
 from openzaya.infer.stopping import StopStrings
 from openzaya.infer.text import Detokeniser
 from openzaya.infer.thinking import Thinking
@@ -234,6 +242,9 @@ def choose(logits_BV: Tensor, states: Sequence[SequenceState]) -> list[TokenLogp
 
     ``logprob`` is NaN where no logprobs were asked for. Nothing about a state changes before its ``accept``.
     """
+    if logits_BV.device.type == "cpu" and all(state.is_plain and state.params.logprobs == 0 for state in states):
+        settings, uniforms = [state.params for state in states], [state.uniform for state in states]
+        return list(map(TokenLogprob, *draw_with_logprobs_on_cpu(logits_BV, settings, uniforms)))
     forced = [state.forced for state in states]
     free = [row for row, token in enumerate(forced) if token is None]
     tokens = [0 if token is None else token for token in forced]

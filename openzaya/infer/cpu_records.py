@@ -60,19 +60,6 @@ class Memory(ctypes.Structure):
     )
 
 
-class Sequence(ctypes.Structure):
-    _fields_ = _fields(
-        ("first count start slot", ctypes.c_int64),
-        ("blocks", ctypes.c_void_p),
-        ("logits_first logits_count", ctypes.c_int64),
-    )
-
-
-# A step lists its sequences as rows of an int64 array, which is the same as so many records.
-NUM_SEQUENCE_FIELDS = len(Sequence._fields_)
-SEQUENCE_BLOCKS = [name for name, _ in Sequence._fields_].index("blocks")
-
-
 class Work(ctypes.Structure):
     _fields_ = _fields(
         ("tokens sequences logits_rows", ctypes.c_int64),

@@ -11,7 +11,6 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,9 +119,11 @@ class CpuRunner:
     def step(self, sequences: Sequence[StepSequence]) -> StepResult:
         """See :meth:`openzaya.infer.runner.Runner.step`; raises :class:`EngineError` for blocks that do not suffice."""
         config = self.config
-        tokens, tables = array("i"), array("i")
-        listed: list[tuple[int, ...]] = []
-        rows = 0
+        # `listed` are the sequences' records (Sequence in model.hpp), one behind the other.
+        tokens, tables, listed = array("i"), array("i"), array("q")
+        for sequence in sequences:
+            tables.extend(sequence.blocks)
+        table, rows = tables.buffer_info()[0], 0
         for brought, start, slot, blocks, wanted, _ in sequences:
             count = len(brought)
             if count == 0 or len(blocks) * BLOCK_TOKENS < start + count:
@@ -131,12 +132,10 @@ class CpuRunner:
                     f"{BLOCK_TOKENS}; give at least one token, and blocks for all"
                 )
             num_rows = 1 if wanted == "last" else count if wanted == "all" else 0
-            listed.append((len(tokens), count, start, slot, tables.itemsize * len(tables), rows, num_rows))
+            listed.extend((len(tokens), count, start, slot, table, rows, num_rows))
             tokens.extend(brought)
-            tables.extend(blocks)
+            table += tables.itemsize * len(blocks)
             rows += num_rows
-        records_S = np.array(listed, dtype=np.int64).reshape(-1, records.NUM_SEQUENCE_FIELDS)
-        records_S[:, records.SEQUENCE_BLOCKS] += tables.buffer_info()[0]
         forced = self._forced(sequences, len(tokens))
         experts = torch.empty(len(tokens), config.num_hidden_layers, dtype=torch.uint8)
         logits = torch.empty(rows, config.vocab_size)
@@ -145,7 +144,7 @@ class CpuRunner:
             len(sequences),
             rows,
             tokens.buffer_info()[0],
-            records_S.ctypes.data,
+            listed.buffer_info()[0],
             None if forced is None else forced.data_ptr(),
             experts.data_ptr(),
             logits.data_ptr(),

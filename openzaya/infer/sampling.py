@@ -159,13 +159,30 @@ def draw_on_cpu(
     if not len(params):
         return []
     matrix_BV = (logits_BV if isinstance(logits_BV, Tensor) else torch.stack(list(logits_BV))).float().contiguous()
+    return _draw_on_cpu(matrix_BV, params, uniforms, None)
+
+
+def draw_with_logprobs_on_cpu(
+    logits_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> tuple[list[int], list[float]]:
+    """:func:`draw_on_cpu` and :func:`logprobs_on_cpu` of the drawn tokens, to the same bits in one pass."""
+    logprobs = array("f", bytes(4 * len(params)))
+    tokens = _draw_on_cpu(logits_BV.float().contiguous(), params, uniforms, logprobs)
+    return tokens, logprobs.tolist() if build.inference().library is not None else logprobs_on_cpu(logits_BV, tokens)
+
+
+def _draw_on_cpu(
+    matrix_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float], logprobs: array[float] | None
+) -> list[int]:
+    """Fills ``logprobs``, if given, where there are kernels."""
     library = build.inference().library
     if library is None:
         return [int(_draw_plain(*row)) for row in zip(matrix_BV.split(1), params, uniforms, strict=True)]
     settings, tokens = array("d"), array("q", bytes(8 * len(params)))
     for row, uniform in zip(params, uniforms, strict=True):
         settings.extend((row.temperature, row.top_k, row.top_p, row.min_p, uniform))
-    library.cpu_draw(*_sizes(matrix_BV), *_addresses(matrix_BV.data_ptr(), *_places(settings, tokens)))
+    places = _places(settings, tokens) if logprobs is None else _places(settings, tokens, logprobs)
+    library.cpu_draw(*_sizes(matrix_BV), *_addresses(matrix_BV.data_ptr(), *places, *([0] * (logprobs is None))))
     return tokens.tolist()
 
 

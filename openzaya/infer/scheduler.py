@@ -18,7 +18,6 @@ from collections import deque
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from openzaya.infer import sharing
 from openzaya.infer.blocks import BlockPool, num_blocks_for
@@ -44,22 +43,18 @@ class Share(NamedTuple):
 
     def sequence(self) -> StepSequence:
         """What the runner is told."""
-        candidate = self.candidate
+        candidate, begin = self.candidate, self.candidate.num_run
+        end = begin + self.num_tokens
+        experts = candidate.request.prompt_experts
         assert candidate.slot is not None
         return StepSequence(
-            candidate.tokens[candidate.num_run : candidate.num_run + self.num_tokens],
-            candidate.num_run,
+            candidate.tokens[begin:end],
+            begin,
             candidate.slot,
             candidate.blocks,
-            "last" if self.is_last else "none",
-            self._forced_experts(),
+            "last" if end == len(candidate.tokens) else "none",
+            None if experts is None or begin >= len(experts) else experts[begin:end],
         )
-
-    def _forced_experts(self) -> Tensor | None:
-        experts, begin = self.candidate.request.prompt_experts, self.candidate.num_run
-        if experts is None or begin >= len(experts):
-            return None
-        return experts[begin : begin + self.num_tokens]
 
 
 def chunk(candidate: Candidate, budget: int) -> Share:

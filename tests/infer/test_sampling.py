@@ -14,6 +14,7 @@ from openzaya.infer.sampling import (
     SamplingParams,
     UniformStream,
     draw,
+    draw_with_logprobs_on_cpu,
     logprobs_on_cpu,
     probabilities,
     uniforms,
@@ -241,6 +242,41 @@ def test_logprobs_are_the_log_softmax_of_each_row_alone() -> None:
         assert found == [logprobs_on_cpu(logits[row : row + 1], tokens[row : row + 1])[0] for row in range(20)]
     broken = torch.tensor([[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]])
     assert all(map(math.isnan, logprobs_on_cpu(broken, [0, 0, 0])))
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_logprobs_that_come_with_the_draw_are_those_of_the_pass_behind_it(monkeypatch, has_kernels: bool) -> None:
+    """Bit for bit: temperature 1 and others, filters, tokens that cannot come, and rows that hold no numbers."""
+    if not has_kernels:
+        monkeypatch.setattr(build, "inference", lambda: build.Loaded(None))
+    generator = torch.Generator().manual_seed(5)
+    rows = [SamplingParams(**setting) for setting in (*SETTINGS, {"temperature": 1.0, "top_p": 1.0})]
+    for vocab in (5, 1000, 1024):
+        logits = 4 * torch.randn(len(rows), vocab, generator=generator)
+        logits[0, 0], logits[1, : vocab // 2] = 80.0, -math.inf
+        uniform = torch.rand(len(rows), generator=generator).tolist()
+        tokens, logprobs = draw_with_logprobs_on_cpu(logits, rows, uniform)
+        assert tokens == draw(logits, rows, torch.tensor(uniform)).tolist()
+        assert logprobs == logprobs_on_cpu(logits, tokens)
+    broken = torch.tensor([[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]])
+    assert all(map(math.isnan, draw_with_logprobs_on_cpu(broken, rows[:1] * 3, [0.5] * 3)[1]))
+
+
+def test_top_p_of_a_large_vocabulary_keeps_what_sorting_keeps() -> None:
+    """Flat and peaked rows, ties at the border, shares next to nothing and to all."""
+    generator = torch.Generator().manual_seed(6)
+    for vocab, spread in ((30_001, 0.1), (30_001, 3.0), (4096, 12.0)):
+        logits = torch.randn(4, vocab, generator=generator).mul(spread)
+        logits[3] = logits[3].mul(2).round() / 2
+        for top_p in (1e-6, 0.1, 0.5, 0.95, 0.9999):
+            rows = [SamplingParams(top_p=top_p)] * 4
+            shares = probabilities(logits, rows)
+            for uniform in (0.0, 0.3, 0.9, 1 - 2**-24):
+                drawn = draw(logits, rows, torch.full((4,), uniform))
+                assert bool((shares.gather(1, drawn[:, None]) > 0).all())
+                before = shares.double().cumsum(1).gather(1, drawn[:, None])[:, 0]
+                width = shares.gather(1, drawn[:, None])[:, 0].double()
+                assert bool(((before - width - 1e-4 <= uniform) & (uniform <= before + 1e-4)).all())
 
 
 def test_without_kernels_the_plain_form_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,10 +61,13 @@ int64_t cpu_step(int threads, const Model* model, const Memory* memory, const Wo
 }
 
 
-// A token for each row of logits (rows, vocabulary).
-void cpu_draw(int threads, int64_t rows, int64_t vocabulary, const float* logits, const Drawing* drawings, int64_t* tokens) {
+// A token for each row of logits (rows, vocabulary), and its log-probability unless `logprobs` is null.
+void cpu_draw(int threads, int64_t rows, int64_t vocabulary, const float* logits, const Drawing* drawings, int64_t* tokens,
+              float* logprobs) {
     with_team(threads, [&](const Team& team) {
-        team.each(rows, [&](int64_t i) { tokens[i] = draw_row(logits + i * vocabulary, vocabulary, drawings[i]); });
+        team.each(rows, [&](int64_t i) {
+            tokens[i] = draw_row(logits + i * vocabulary, vocabulary, drawings[i], logprobs ? logprobs + i : nullptr);
+        });
     });
 }
 

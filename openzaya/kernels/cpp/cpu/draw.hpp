@@ -151,25 +151,23 @@ inline void keep_nucleus(float* e, int64_t n, double top_p, float* room) {
         if (e[i] == kept.smallest) e[i] = 0, equals--;
 }
 
-inline int64_t draw_row(const float* logits, int64_t n, const Drawing& drawing) {
-    static thread_local std::vector<float> weights, pool;
+// The natural logarithm of a token's share at temperature 1; no number where the logits are none.
+inline float logprob_row(const float* logits, int64_t n, int64_t token) {
+    static thread_local std::vector<float> weights;
     const int64_t padded = round_up(n, LANES);
-    weights.resize(size_t(padded)), pool.resize(size_t(padded + LANES));
-    float* e = weights.data();
-    for (int64_t i = 0; i < n; i++) e[i] = usable(logits[i]);
-    for (int64_t i = n; i < padded; i++) e[i] = -INFINITY;
-    float most = largest_of(e, n);
-    if (most < -FLT_MAX) std::fill_n(e, n, most = -FLT_MAX);
-    if (drawing.temperature == 0) return std::find(e, e + n, most) - e;
-    weigh(e, padded, most, std::max(float(drawing.temperature), SMALLEST_TEMPERATURE));
-    auto drop_below = [&](float bound) {
-        for (int64_t i = 0; i < n; i++) e[i] = e[i] < bound ? 0.0f : e[i];
-    };
-    if (drawing.top_k > 0 && drawing.top_k < double(n)) drop_below(kth_largest(e, n, int64_t(drawing.top_k), pool.data()));
-    if (drawing.top_p < 1) keep_nucleus(e, n, drawing.top_p, pool.data());
-    if (drawing.min_p > 0) drop_below(float(drawing.min_p));
+    weights.resize(size_t(padded));
+    std::copy_n(logits, n, weights.begin());
+    std::fill(weights.begin() + n, weights.end(), -INFINITY);
+    const float most = largest_of(weights.data(), n);
+    bool is_number = std::fabs(most) <= FLT_MAX;
+    for (int64_t i = 0; i < n; i++) is_number &= logits[i] == logits[i];
+    if (!is_number) return NAN;
+    weigh(weights.data(), padded, most, 1.0f);
+    return float(double(logits[token] - most) - std::log(mass(weights.data(), n)));
+}
 
-    const double threshold = drawing.uniform * mass(e, n);
+// Where the running sum of weights passes `threshold`.
+inline int64_t pick(const float* e, int64_t n, double threshold) {
     double reached = 0;
     for (int64_t begin = 0; begin < n; begin += PIECE) {
         const int64_t end = std::min(begin + PIECE, n);
@@ -191,19 +189,37 @@ inline int64_t draw_row(const float* logits, int64_t n, const Drawing& drawing) 
     return last;
 }
 
-// The natural logarithm of a token's share at temperature 1; no number where the logits are none.
-inline float logprob_row(const float* logits, int64_t n, int64_t token) {
-    static thread_local std::vector<float> weights;
+// The row's token. With `logprob` also what logprob_row says of it, which at temperature 1 takes no weights of its own.
+inline int64_t draw_row(const float* logits, int64_t n, const Drawing& drawing, float* logprob = nullptr) {
+    if (logprob && drawing.temperature != 1) {
+        const int64_t token = draw_row(logits, n, drawing);
+        *logprob = logprob_row(logits, n, token);
+        return token;
+    }
+    static thread_local std::vector<float> weights, pool;
     const int64_t padded = round_up(n, LANES);
-    weights.resize(size_t(padded));
-    std::copy_n(logits, n, weights.begin());
-    std::fill(weights.begin() + n, weights.end(), -INFINITY);
-    const float most = largest_of(weights.data(), n);
-    bool is_number = std::fabs(most) <= FLT_MAX;
-    for (int64_t i = 0; i < n; i++) is_number &= logits[i] == logits[i];
-    if (!is_number) return NAN;
-    weigh(weights.data(), padded, most, 1.0f);
-    return float(double(logits[token] - most) - std::log(mass(weights.data(), n)));
+    weights.resize(size_t(padded)), pool.resize(size_t(padded + LANES));
+    float* e = weights.data();
+    bool is_number = true;
+    for (int64_t i = 0; i < n; i++) {
+        e[i] = usable(logits[i]);
+        is_number &= e[i] == logits[i];
+    }
+    for (int64_t i = n; i < padded; i++) e[i] = -INFINITY;
+    float most = largest_of(e, n);
+    if (most < -FLT_MAX) std::fill_n(e, n, most = -FLT_MAX), is_number = false;
+    if (drawing.temperature == 0) return std::find(e, e + n, most) - e;
+    weigh(e, padded, most, std::max(float(drawing.temperature), SMALLEST_TEMPERATURE));
+    const double all_mass = mass(e, n);
+    auto drop_below = [&](float bound) {
+        for (int64_t i = 0; i < n; i++) e[i] = e[i] < bound ? 0.0f : e[i];
+    };
+    if (drawing.top_k > 0 && drawing.top_k < double(n)) drop_below(kth_largest(e, n, int64_t(drawing.top_k), pool.data()));
+    if (drawing.top_p < 1) keep_nucleus(e, n, drawing.top_p, pool.data());
+    if (drawing.min_p > 0) drop_below(float(drawing.min_p));
+    const int64_t token = pick(e, n, drawing.uniform * mass(e, n));
+    if (logprob) *logprob = is_number ? float(double(logits[token] - most) - std::log(all_mass)) : NAN;
+    return token;
 }
 
 }  // namespace oz
