@@ -35,7 +35,7 @@ import torch
 from openzaya.errors import ConfigError
 
 SOURCES = Path(__file__).with_name("cpp")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-std=c++2a", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 TRAINING_FLAGS = ("-march=native",)
 # In inference a token's result must not depend on how many tokens share a loop: products and sums stay apart.
 INFERENCE_FLAGS = ("-ffp-contract=off",)

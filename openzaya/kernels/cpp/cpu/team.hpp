@@ -2,37 +2,38 @@
 #pragma once
 
 #include <immintrin.h>
-#include <sched.h>
 
 #include <atomic>
 #include <cstdint>
 
 namespace oz {
 
-// Waiting threads spin for some microseconds, which is what most waits take, and then give up their core: with other
-// work on the machine the thread that is waited for may need it.
+// Waiting threads spin for a while, which is what most waits take, and then sleep: with other work on the machine the
+// thread that is waited for can then move to this core. To yield only would not let it: it is queued at its own core.
 class Barrier {
   public:
     explicit Barrier(int size) : size_(size) {}
 
     void wait() {
         if (size_ == 1) return;
-        const uint32_t generation = generation_.load(std::memory_order_acquire);
+        const int generation = generation_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
             arrived_.store(0, std::memory_order_relaxed);
             generation_.store(generation + 1, std::memory_order_release);
+            generation_.notify_all();
             return;
         }
         for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; spins++) {
-            if (spins < 4000) _mm_pause();
-            else sched_yield();
+            if (spins < SPINS) _mm_pause();
+            else generation_.wait(generation, std::memory_order_acquire);
         }
     }
 
   private:
+    static constexpr int SPINS = 8000;  // about a tenth of a millisecond
     int size_;
     alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> generation_{0};
+    alignas(64) std::atomic<int> generation_{0};
 };
 
 struct Range {
