@@ -23,7 +23,8 @@ other work hardly changes these, and they say nothing of how well threads are us
 of ours are the learner's alone. Steps of the two sides alternate; the first of each is not counted. TRL is not among
 OpenZAYA's dependencies: ``pip install trl accelerate datasets``, beside it or in an environment of its own.
 
-The last line is one JSON object; a run without --quick also writes benchmarks/results/rl_step.json.
+The last line is one JSON object; a run without --quick also enters it in benchmarks/results/rl_step.json, under ``real``
+or ``whole``.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ LEARNING_RATE = 3e-4
 NEVER = 10**6
 Shape = tuple[int, int, int]
 """Prompts a step, rollouts a prompt, tokens a rollout."""
-SHAPES: tuple[Shape, ...] = ((4, 8, 64), (8, 16, 128), (16, 16, 192))
-"""The last is that of the nano recipe's warm-up."""
+SHAPES: tuple[Shape, ...] = ((1, 8, 512), (4, 8, 64), (8, 16, 128), (16, 16, 192))
+"""The first is what TRL's GRPOConfig has by default, the last that of the nano recipe's warm-up."""
 
 
 def passes(text: str) -> bool:
@@ -400,7 +401,9 @@ def main() -> None:
     result |= {"model": arguments.model.name if arguments.model else "random nano", "shapes": rows}
     if not arguments.quick:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "rl_step.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        path = RESULTS / "rl_step.json"
+        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(records | {"whole" if whole else "real": result}, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 
