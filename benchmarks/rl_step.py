@@ -23,7 +23,7 @@ other work hardly changes these, and they say nothing of how well threads are us
 of ours are the learner's alone. Steps of the two sides alternate; the first of each is not counted. TRL is not among
 OpenZAYA's dependencies: ``pip install trl accelerate datasets``, beside it or in an environment of its own.
 
-The last line is one JSON object; a run without --quick also enters it in benchmarks/results/rl_step.json, under ``real``
+The last line is one JSON object; a run without --quick also enters it in benchmarks/results/rl_step.json, as ``real``
 or ``whole``.
 """
 
