@@ -95,8 +95,8 @@ def test_equals_the_model_for_random_shapes(seed):
 
 @pytest.mark.parametrize("cache_dtype", ("float32", "bfloat16", "int8"))
 def test_bits_do_not_depend_on_chunks_batch_or_threads(cache_dtype):
-    """Longer than a segment of 512 keys, with a window, decoded and in chunks."""
-    model = make_model(0, LONG)
+    """Longer than a segment of 512 keys, with a window, decoded and in chunks; experts in several pieces."""
+    model = make_model(0, LONG.with_changes(moe_intermediate_size=192))
     prompts = make_prompts(4, (560, 700), LONG.vocab_size)
     alone = []
     for i, prompt in enumerate(prompts):
@@ -170,10 +170,13 @@ def test_bfloat16_weights():
         assert float((got - want).norm()) <= 1.2 * float((other - want).norm())
 
 
-def test_forced_experts_and_the_skip_class():
-    model = make_model(0, LONG)
+@pytest.mark.parametrize("width", (LONG.moe_intermediate_size, 192, 200))
+def test_forced_experts_and_the_skip_class(width):
+    """Experts in one piece and in several, and a step in which all tokens skip them."""
+    model = make_model(0, LONG.with_changes(moe_intermediate_size=width))
     prompt = make_prompts(1, (40, 40), LONG.vocab_size)[0]
     forced = torch.randint(0, LONG.num_experts + 1, (40, LONG.num_hidden_layers), dtype=torch.uint8)
+    forced[:7] = LONG.num_experts
     logits, experts = run(make_runner(model), [prompt], [[7, 33]], [forced])
     assert torch.equal(experts[0], forced) and bool((forced == LONG.num_experts).any())
     with torch.inference_mode():

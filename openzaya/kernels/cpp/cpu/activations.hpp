@@ -35,22 +35,26 @@ struct Activations {
         return rest;
     }
 
-    void put(int64_t row, const float* x) const {
+    void put(int64_t row, const float* x) const { put(row, x, 0, columns); }
+
+    // Columns `begin` (a multiple of GROUP) to `end` (one too, or the last) of a row; x has only these.
+    void put(int64_t row, const float* x, int64_t begin, int64_t end) const {
+        const int64_t count = end - begin, room = round_up(count, GROUP);
         if (floats) {
-            float* to = floats + row * stride();
-            if (to != x) std::memcpy(to, x, size_t(columns) * 4);
-            for (int64_t i = columns; i < padded; i++) to[i] = 0;
+            float* to = floats + row * stride() + begin;
+            if (to != x) std::memcpy(to, x, size_t(count) * 4);
+            for (int64_t i = count; i < room; i++) to[i] = 0;
         }
         if (shorts) {
-            bf16* to = shorts + row * stride();
-            for (int64_t i = 0; i < columns; i++) to[i] = to_bf16(x[i]);
-            for (int64_t i = columns; i < padded; i++) to[i] = 0;
+            bf16* to = shorts + row * stride() + begin;
+            for (int64_t i = 0; i < count; i++) to[i] = to_bf16(x[i]);
+            for (int64_t i = count; i < room; i++) to[i] = 0;
         }
         if (bytes) {
-            for (int64_t g = 0; g < groups(); g++) {
-                int64_t count = columns - g * GROUP < GROUP ? columns - g * GROUP : GROUP;
-                quantise(x + g * GROUP, count, GROUP, bytes + row * padded + g * GROUP, scales + row * groups() + g,
-                         sums + row * groups() + g);
+            for (int64_t at = 0; at < count; at += GROUP) {
+                const int64_t group = row * groups() + (begin + at) / GROUP;
+                quantise(x + at, count - at < GROUP ? count - at : GROUP, GROUP, bytes + group * GROUP, scales + group,
+                         sums + group);
             }
         }
     }

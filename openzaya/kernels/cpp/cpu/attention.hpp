@@ -33,13 +33,17 @@ struct Gathered {
 // Where one head of one block begins.
 struct HeadBlock {
     const uint8_t *keys, *values;
+    const float *key_scales, *value_scales;  // INT8
 };
 
 struct CacheHead {  // one head of one layer: strides between blocks in bytes and floats
     const uint8_t *keys, *values;
     const float *key_scales, *value_scales;
     int64_t block_bytes, block_scales;
-    HeadBlock block(int64_t block) const { return {keys + block * block_bytes, values + block * block_bytes}; }
+    HeadBlock block(int64_t block) const {
+        return {keys + block * block_bytes, values + block * block_bytes, key_scales + block * block_scales,
+                value_scales + block * block_scales};
+    }
 };
 
 template <int64_t FORMAT>
@@ -124,6 +128,10 @@ void attend_block(const CacheHead& cache, int64_t block, HeadBlock next, int64_t
         }
     }
     Ahead keys{next.keys}, values{next.values};
+    if constexpr (FETCH && FORMAT == INT8) {
+        Ahead{(const uint8_t*)next.key_scales}.fetch(N);
+        Ahead{(const uint8_t*)next.value_scales}.fetch(N);
+    }
     lines_times_words<FORMAT, true, R, N, FETCH * N>(cache.keys + block * cache.block_bytes, N * 64, steps, keys, words, sums);
 
     // What was gathered shrinks where a larger score is found; `share` is what the products with the values count.

@@ -82,11 +82,11 @@ inline void finish_head(const Context& s, const Layer& layer, int64_t index, int
     const float* constant = layer.convolution_constant + head * d;
     const float share = 1.0f / float(group);
     if (is_key) {
-        for (int64_t i = 0; i < d; i++) {
-            float mean = 0;
-            for (int64_t j = 0; j < group; j++) mean += z[(key * group + j) * d + i];
-            x[i] = x[i] + constant[i] + 0.5f * (mean * share + zk[i]);
-        }
+        static thread_local std::vector<float> total;
+        total.assign(size_t(d), 0.0f);
+        for (int64_t j = 0; j < group; j++)
+            for (int64_t i = 0; i < d; i++) total[size_t(i)] += z[(key * group + j) * d + i];
+        for (int64_t i = 0; i < d; i++) x[i] = x[i] + constant[i] + 0.5f * (total[size_t(i)] * share + zk[i]);
     } else {
         for (int64_t i = 0; i < d; i++) x[i] = x[i] + constant[i] + 0.5f * (z[head * d + i] + zk[i]);
     }
@@ -143,6 +143,9 @@ inline void mix(const Context& s, const Team& team, const Layer& layer, int64_t 
         (pairs ? shorts.resize(size_t(room)) : floats.resize(size_t(room)));
         const Activations taps{inputs, padded, pairs ? nullptr : floats.data(), pairs ? shorts.data() : nullptr, nullptr, nullptr, nullptr};
         for (int64_t i = 0; i < count; i++) {
+            // A token's head lies far from the next one's, so they are asked for ahead.
+            const float* soon = s.b.z + std::min(begin + i + 2, s.w.tokens - 1) * s.channels() + head * d;
+            for (int64_t j = 0; j < d; j += LANES) __builtin_prefetch(soon + j);
             const bool follows = i > 0 && begin + i > s.sequence(begin + i).first;
             fill_taps(s, layer, index, begin + i, head, follows, y.data(), row.data());
             taps.put(i, row.data());
@@ -232,11 +235,12 @@ inline void attend(const Context& s, const Team& team, const Layer& layer, int64
     });
 }
 
-// Join the parts where there are some, divide by the sum of weights, and make it the output matrix's operand.
-inline void finish_attention(const Context& s, int64_t token) {
+// Some heads of a token: join the parts where there are some, divide by the sum of weights, and make it the output
+// matrix's operand.
+inline void finish_attention(const Context& s, int64_t token, Range heads) {
     const int64_t d = s.m.head_dim, width = padded_head(d), sequence = s.plan.sequence_of[size_t(token)];
     float* row = s.b.rows + token * s.m.query_heads * d;
-    for (int64_t head = 0; head < s.m.query_heads; head++) {
+    for (int64_t head = heads.begin; head < heads.end; head++) {
         const Gathered to = gathered(s, token, head);
         if (s.plan.first_part[size_t(sequence)] >= 0) {
             clear(to, width);
@@ -247,7 +251,14 @@ inline void finish_attention(const Context& s, int64_t token) {
         const float inverse = 1.0f / *to.total;
         for (int64_t i = 0; i < d; i++) row[head * d + i] = to.values[i] * inverse;
     }
-    s.b.attended.put(token, row);
+    s.b.attended.put(token, row + heads.begin * d, heads.begin * d, heads.end * d);
+}
+
+// A token behind a long context has many parts to join: heads are shared out, where each is whole groups of the operand.
+inline void finish_attention(const Context& s, const Team& team) {
+    const int64_t heads = s.m.query_heads, unit = s.m.head_dim % GROUP ? heads : 1;
+    const Range own = team.share(s.w.tokens * heads, unit);
+    for (int64_t i = own.begin; i < own.end; i += unit) finish_attention(s, i / heads, {i % heads, i % heads + unit});
 }
 
 // The CCA state behind each block's last token goes into the block, behind the sequence's last token into its slot.

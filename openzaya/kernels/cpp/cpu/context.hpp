@@ -55,7 +55,7 @@ inline Plan make_plan(const Model& m, const Work& w) {
 
 // Memory of a step, cut from one piece; without an address it only measures.
 struct Buffers {
-    float *x, *z, *y, *rows, *state, *previous, *hidden, *classes, *gate_up, *gates, *cosine, *sine;
+    float *x, *z, *y, *rows, *state, *previous, *hidden, *classes, *gates, *cosine, *sine;
     float *now, *late;
     Activations normed, attended, routed, active;
     uint32_t* words;
@@ -95,7 +95,6 @@ struct Buffers {
         take_activations(active, n, m.width, {l.down.format});
         take(state, n * m.router_width), take(previous, n * m.router_width), take(hidden, n * m.router_width);
         take(classes, n * (m.experts + 1)), take(gates, n), take(choice, n);
-        take(gate_up, n * 2 * m.width);
         take(cosine, 2 * n * m.rotary_half), take(sine, 2 * n * m.rotary_half);
         take(words, n * heads * width), take(query_scale, n * heads), take(query_sum, n * heads);
         take(largest, n * heads), take(total, n * heads), take(values, n * heads * width);

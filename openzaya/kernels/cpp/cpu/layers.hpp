@@ -41,9 +41,13 @@ inline void gelu(float* x, const float* bias, int64_t n) {
     }
 }
 
-// silu(gate) * up of a row whose first half is the gate; in place, into the first half.
-inline void gated(float* x, int64_t width) {
-    for (int64_t i = 0; i < width; i++) x[i] = x[i] / (1.0f + exponential(-x[i])) * x[width + i];
+// gate <- silu(gate) * up
+inline void gated(float* gate, const float* up, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const int count = int(std::min(LANES, n - i));
+        const Floats x = load_first(gate + i, count);
+        store_first(gate + i, x / (all(1) + exponentials(x * all(-1))) * load_first(up + i, count), count);
+    }
 }
 
 inline void rotate(float* x, const float* cosine, const float* sine, int64_t half) {

@@ -74,26 +74,52 @@ struct Visits {
     }
 };
 
-// y = W2 (silu(g) * u), [g, u] = W1 x, expert by expert; every thread has a share of each expert's rows.
+// Rows `part` of both halves of an expert's first matrix for its tokens, and the gate, while what it takes is still in the
+// core's cache; rows of `to` begin with the expert's.
+inline void gate_and_up(const Context& s, const Layer& layer, int64_t expert, Rows tokens, Activations to, Range part) {
+    const int64_t width = s.m.width, length = part.end - part.begin, stride = 2 * length;
+    static thread_local std::vector<float> room;
+    room.resize(size_t(std::min(tokens.count, TOKENS_IN_CACHE) * stride));
+    for (int64_t begin = 0; begin < tokens.count; begin += TOKENS_IN_CACHE) {
+        const Rows some{tokens.from + begin, nullptr, std::min(TOKENS_IN_CACHE, tokens.count - begin)};
+        Product product{&layer.gate_up, expert, s.b.normed, some, {room.data() - part.begin, stride}};
+        if (length == width) {
+            product.rows({0, 2 * width});
+        } else {
+            product.rows(part);
+            product.y.data = room.data() + length - (width + part.begin);
+            product.rows({width + part.begin, width + part.end});
+        }
+        for (int64_t i = 0; i < some.count; i++) {
+            float* row = room.data() + i * stride;
+            gated(row, row + length, length);
+            to.put(begin + i, row, part.begin, part.end);
+        }
+    }
+}
+
+// y = W2 (silu(g) * u), [g, u] = W1 x, expert by expert; the rows of each are shared out.
 inline void run_experts(const Context& s, const Team& team, const Layer& layer) {
     const Model& m = s.m;
     static thread_local Visits visits;  // every thread sorts for itself: that takes less time than to wait
     visits.sort(s.b.choice, s.w.tokens, m.experts + 1);
-    Product first[MAX_PRODUCTS], second[MAX_PRODUCTS];
+    Product second[MAX_PRODUCTS];
+    int64_t visited[MAX_PRODUCTS], wanted = 0;
     for (int64_t e = 0; e < m.experts; e++) {
         const int64_t begin = visits.begin[size_t(e)], count = visits.begin[size_t(e + 1)] - begin;
         const int64_t* tokens = visits.order.data() + begin;
-        first[e] = {&layer.gate_up, e, s.b.normed, {tokens, nullptr, count}, {s.b.gate_up + begin * 2 * m.width, 2 * m.width}};
         second[e] = {&layer.down, e, s.b.active.from(begin), {nullptr, tokens, count}, {s.b.y, m.hidden}};
+        if (count) visited[wanted++] = e;
     }
-    multiply(team, first, m.experts);
-    team.wait();
-    const Range own = team.share(visits.begin[size_t(m.experts)]);
-    for (int64_t i = own.begin; i < own.end; i++) {
-        float* row = s.b.gate_up + i * 2 * m.width;
-        gated(row, m.width);
-        s.b.active.put(i, row);
-    }
+    // A half that does not end with a group is not cut: its second half would begin inside a block of rows.
+    const int64_t tokens = visits.begin[size_t(m.experts)];
+    const int64_t share = piece_rows(team, m.width, wanted * m.width, wanted, tokens, m.width % GROUP ? m.width : GROUP);
+    const int64_t parts = (m.width + share - 1) / share;
+    team.each(wanted * parts, [&](int64_t piece) {
+        const int64_t e = visited[piece / parts], begin = piece % parts * share;
+        const Rows own{second[e].tokens.to, nullptr, second[e].tokens.count};
+        gate_and_up(s, layer, e, own, second[e].x, {begin, std::min(begin + share, m.width)});
+    });
     team.wait();
     multiply(team, second, m.experts);
     team.wait();

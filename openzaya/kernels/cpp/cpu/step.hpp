@@ -31,7 +31,7 @@ inline void norm(const Context& s, const float* weight, int64_t token) {
     s.b.normed.put(token, row.data());
 }
 
-inline void run_attention(const Context& s, const Team& team, const Layer& layer, int64_t index, Range own) {
+inline void run_attention(const Context& s, const Team& team, const Layer& layer, int64_t index) {
     team.wait();
     project(s, team, layer);
     team.wait();
@@ -39,7 +39,7 @@ inline void run_attention(const Context& s, const Team& team, const Layer& layer
     team.wait();
     attend(s, team, layer, index);
     team.wait();
-    for (int64_t t = own.begin; t < own.end; t++) finish_attention(s, t);
+    finish_attention(s, team);
     for (int64_t i = team.index; i < s.w.sequences; i += team.size) keep_states(s, index, s.w.sequence[i]);
     team.wait();
     multiply(team, {&layer.output, 0, s.b.attended, s.every_token(), {s.b.y, s.m.hidden}});
@@ -55,7 +55,7 @@ inline void run(const Context& s, const Team& team) {
         const Layer& l = m.layer[index];
         if (index == 0)
             for (int64_t t = own.begin; t < own.end; t++) norm(s, l.input_norm, t);
-        run_attention(s, team, l, index, own);
+        run_attention(s, team, l, index);
         for (int64_t t = own.begin; t < own.end; t++) {
             merge(s.b.x + t * d, s.b.y + t * d, 1.0f, l.attention_scale, l.attention_bias, l.attention_residual_scale,
                   l.attention_residual_bias, d);
