@@ -1,5 +1,6 @@
 // What the caller hands over: the model's matrices and vectors by address, the memory of all sequences, and a step's
-// work. The same records are declared in Python (openzaya/infer/cpu_records.py); all fields are 8 bytes wide.
+// work. The same records are declared in Python (openzaya/infer/cpu_records.py; sequences are listed by cpu_runner.py); all
+// fields are 8 bytes wide.
 #pragma once
 
 #include <cstdint>
