@@ -148,10 +148,11 @@ def test_a_prompt_with_given_classes_takes_them_and_leaves_the_cache_alone(backe
     # The pool holds one of the two at a time at their full length: one is preempted and run again.
     with Engine(model, backend=backend, cache_bytes=6 * size, chunk_tokens=70) as engine:
         ends: queue.Queue[RequestOutput | EngineError] = queue.Queue()
-        for _ in range(2):
-            engine.submit(
-                prompt, params.model_copy(update={"max_new_tokens": 60}), on_end=ends.put, prompt_experts=classes
-            )
+        with engine.together():  # otherwise the first may end before the second arrives, and nothing is preempted
+            for _ in range(2):
+                engine.submit(
+                    prompt, params.model_copy(update={"max_new_tokens": 60}), on_end=ends.put, prompt_experts=classes
+                )
         outputs = [ends.get(timeout=60) for _ in range(2)]
         for output in outputs:
             assert isinstance(output, RequestOutput) and output.num_cached_tokens == 0
