@@ -1,7 +1,7 @@
 # Every target sets itself up: the first one that runs creates .venv and installs the pinned packages.
 #
 #   make nano        tokenizer -> pretrain -> midtrain -> SFT -> the stages of RL -> table -> report, from nothing, on a CPU
-#   make nano-seeds  the same for the seeds 1, 2 and 3, each with its baseline, and a table over the seeds
+#   make nano-seeds  the same for the seeds 0, 1 and 2, each with its baseline, and a table over the seeds
 #   make smoke       the same stages at toy size, in minutes: does it all run?
 #   make test        lint, then the tests
 #   make test-slow   the tests that `make test` leaves out: minutes of work, or tens of gigabytes
@@ -51,7 +51,7 @@ nano: $(STAMP)
 	$(BIN)/openzaya run recipes/nano --out runs/nano
 
 nano-seeds: $(STAMP)
-	$(BIN)/python benchmarks/nano_seeds.py --run --seeds 1 2 3
+	$(BIN)/python benchmarks/nano_seeds.py --run --seeds 0 1 2
 
 smoke: $(STAMP)
 	$(BIN)/openzaya run recipes/smoke --out runs/smoke
