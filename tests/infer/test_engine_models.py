@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from openzaya.errors import CheckpointError, EngineError
+from openzaya.infer import loop as loop_module
 from openzaya.infer import scheduler as scheduler_module
 from openzaya.infer.engine import Engine
 from openzaya.infer.outputs import Delta, RequestOutput
@@ -140,6 +141,7 @@ def test_classes_are_those_of_the_forward_pass(backend: str) -> None:
 @BACKENDS
 def test_a_prompt_with_given_classes_takes_them_and_leaves_the_cache_alone(backend: str, monkeypatch) -> None:
     monkeypatch.setattr(scheduler_module, "SPARE_BLOCKS", 0)
+    monkeypatch.setattr(loop_module, "MAX_HOLD_SECONDS", 3600)
     model, prompt = make_model(0), make_prompts(1, (150, 150), 200)[0]
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(0, 5, (150, 3), generator=generator).to(torch.uint8)
