@@ -122,7 +122,7 @@ def make_scorer(
     Args:
         stages: where earlier stages' directories lie.
         device: a reward model's.
-        on_wait: called again and again while a judge is being asked.
+        on_wait: called again and again while a judge is being asked or a reward model scores.
     """
     if config.judge is not None:
         from openzaya.rl.judge import Judge
@@ -131,7 +131,7 @@ def make_scorer(
     from openzaya.rl.reward_model import RewardModel
     from openzaya.train.loop import stage_path
 
-    return RewardModel.load(stage_path(str(config.reward_model), stages, "model"), device=device)
+    return RewardModel.load(stage_path(str(config.reward_model), stages, "model"), device=device, on_forward=on_wait)
 
 
 def make_reward(

@@ -37,7 +37,7 @@ from openzaya.rl.transport import SharedMemoryTransport
 from openzaya.rl.worker import WorkerSetup, run_worker
 
 HANG_LIMIT_S = 300.0
-"""Longest time without a sign of progress: a step of the engine, a verdict, a judge that is being asked."""
+"""Longest time without a sign of progress: a step of the engine or of a reward model, a verdict, a judge asked."""
 START_LIMIT_S = 600.0
 """Longest time until a process is ready: its libraries and the model are loaded."""
 MAX_FAILED_STARTS = 5

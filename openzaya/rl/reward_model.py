@@ -12,7 +12,7 @@ Shape suffixes: B windows, T tokens a window, C conversations, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,7 @@ class RewardModel:
         head_D: the vector, fp32 (D,).
         statistics: that normalise scores.
         with_reasoning: whether reasoning is part of what is scored, as in training.
+        on_forward: called after each forward pass; a group of long responses takes many.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class RewardModel:
         *,
         statistics: ScoreStatistics | None = None,
         with_reasoning: bool = True,
+        on_forward: Callable[[], None] = lambda: None,
     ) -> None:
         if head_D.shape != (model.config.hidden_size,):
             raise CheckpointError(
@@ -82,10 +84,12 @@ class RewardModel:
         self.model, self.tokenizer = model, tokenizer
         self.head_D = head_D.detach().float().to(model.device)
         self.statistics = statistics or ScoreStatistics()
-        self.with_reasoning = with_reasoning
+        self.with_reasoning, self._on_forward = with_reasoning, on_forward
 
     @staticmethod
-    def load(path: str | Path, *, device: str | torch.device = "cpu") -> RewardModel:
+    def load(
+        path: str | Path, *, device: str | torch.device = "cpu", on_forward: Callable[[], None] = lambda: None
+    ) -> RewardModel:
         """The reward model in a checkpoint directory.
 
         Raises:
@@ -105,6 +109,7 @@ class RewardModel:
             tensors["weight"],
             statistics=statistics,
             with_reasoning=bool(tensors["with_reasoning"]),
+            on_forward=on_forward,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -133,7 +138,7 @@ class RewardModel:
             raise DataError(
                 f"a conversation has {longest} tokens, the reward model takes {limit}; leave it out or shorten it"
             )
-        scores_C = score_tokens(self.model, self.head_D, rendered)
+        scores_C = score_tokens(self.model, self.head_D, rendered, self._on_forward)
         if normalised:
             scores_C = (scores_C - self.statistics.mean) / self.statistics.deviation
         return scores_C.tolist()
@@ -175,8 +180,16 @@ def with_response(messages: Sequence[Mapping[str, Any]], response: str) -> Conve
 
 
 @torch.no_grad()
-def score_tokens(model: Zaya, head_D: Tensor, conversations: Sequence[Sequence[int]]) -> Tensor:
-    """Raw scores, fp32 (C,) on the CPU, of conversations in tokens; packed, some windows at a time."""
+def score_tokens(
+    model: Zaya,
+    head_D: Tensor,
+    conversations: Sequence[Sequence[int]],
+    on_forward: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Raw scores, fp32 (C,) on the CPU, of conversations in tokens; packed, some windows at a time.
+
+    ``on_forward`` is called after each forward pass.
+    """
     lengths = [len(tokens) for tokens in conversations]
     window_length = max(WINDOW_TOKENS, *lengths) if lengths else WINDOW_TOKENS
     rows = max(1, TOKENS_PER_FORWARD // window_length)
@@ -195,4 +208,5 @@ def score_tokens(model: Zaya, head_D: Tensor, conversations: Sequence[Sequence[i
             positions=batch.positions.to(model.device),
         )
         scores_C[chosen] = (hidden_BTD.flatten(0, 1)[last.to(model.device)].float() @ head_D).cpu()
+        on_forward()
     return scores_C

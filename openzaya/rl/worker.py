@@ -7,7 +7,7 @@ Between two steps of the engine the newest weights are taken, rollouts in flight
 are begun after that: weights that were published before an order was given are always there.
 
 A beat means progress: the process has judged a rollout, waits for a judge (whose attempts have limits of their own),
-its engine has made a step, or there is nothing to do.
+its reward model or its engine has made a step, or there is nothing to do.
 The process ignores SIGINT and SIGTERM, which are the learner's business, and ends with the learner, however that ended;
 it leads a process group, so what its environments have started goes with it.
 """
@@ -74,7 +74,8 @@ def make_engine(
 ) -> RolloutEngine:
     """The engine of one rollout process, with ``weights`` of learner step ``step`` and environments of its own.
 
-    ``on_verdict`` is called after each verdict, and again and again while a judge is being asked.
+    ``on_verdict`` is called after each verdict, and again and again while a judge is being asked or a reward model
+    scores.
     """
     torch.set_num_threads(setup.threads)
     environments = {

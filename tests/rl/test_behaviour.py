@@ -126,8 +126,10 @@ def test_the_recipe_names_one_scorer(tmp_path: Path) -> None:
     assert isinstance(scorer, Judge)
     scorer.close()
     make_reward_model().save(tmp_path / "07-rm" / "model")
-    scorer = make_scorer(BehaviourConfig(reward_model="07-rm"), tmp_path)
+    signs: list[str] = []
+    scorer = make_scorer(BehaviourConfig(reward_model="07-rm"), tmp_path, on_wait=lambda: signs.append("alive"))
     assert isinstance(scorer, RewardModel)
     found = BehaviourReward(scorer, ENVIRONMENTS).score_group(GATE.task(0, 0), ["ok", "no", "very ok"], [1.0, 0.0, 1.0])
+    assert signs, "while it scores, its process must not be taken for a dead one"
     assert found[1] == 0.0 and 0 < found[0] < 1 and 0 < found[2] < 1 and found[0] != found[2]
     assert len(miniature.tokenizer()) <= scorer.model.config.vocab_size

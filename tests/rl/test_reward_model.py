@@ -62,6 +62,17 @@ def test_packed_scores_are_those_of_conversations_alone_in_any_order(subject: Re
     assert subject.score([]) == []
 
 
+def test_every_forward_pass_is_told(monkeypatch) -> None:
+    calls: list[None] = []
+    subject = make(on_forward=lambda: calls.append(None))
+    subject.score(conversations(3))
+    assert len(calls) == 1
+    monkeypatch.setattr(reward_model, "TOKENS_PER_FORWARD", 1)
+    monkeypatch.setattr(reward_model, "WINDOW_TOKENS", 1)  # as long as the longest conversation
+    many = conversations(40)
+    assert len(subject.score(many)) == 40 and len(calls) > 10
+
+
 def test_the_score_is_the_head_times_the_last_hidden_state(subject: RewardModel) -> None:
     tokens = [5, 90, 91, 92, 120]
     hidden = subject.model.hidden_states(torch.tensor([tokens]))[0, -1].detach()
