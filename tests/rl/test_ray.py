@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import time
 
 import pytest
 
@@ -62,6 +64,38 @@ def test_actors_make_the_same_groups_and_may_die(pool, expected):
     assert pool.metrics()["rollout/restarts"] == 1
     silences = [pool._transport.silence_s(place.number) for place in pool._places]
     assert min(silences) < 60 and pool._transport.silence_s(-1) == float("inf")
+
+
+class StuckEngine:
+    """Has rollouts in flight, and steps only when it is told to."""
+
+    num_in_flight, num_steps = 1, 7
+
+    def start(self, orders):
+        pass
+
+    def finished(self, timeout_s):
+        time.sleep(timeout_s)
+        return []
+
+
+def test_an_engine_that_stands_still_ends_its_actor():
+    from openzaya.rl.adapters.ray import _Actor
+
+    class NoNews:
+        def pull(self, newer_than):
+            return None
+
+    actor = _Actor(pickle.dumps(None), NoNews(), 0, hang_limit_s=0.2)
+    actor._engine = engine = StuckEngine()
+    for _ in range(12):
+        engine.num_steps += 1
+        assert actor.advance([], 0.05) == [], "one that steps may take as long as it likes"
+    time.sleep(0.3)  # the learner was busy
+    assert actor.advance([], 0.05) == []
+    with pytest.raises(TimeoutError, match="no step in"):
+        for _ in range(12):
+            actor.advance([], 0.05)
 
 
 def test_actors_ask_for_what_they_need():

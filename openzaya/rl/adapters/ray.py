@@ -3,8 +3,8 @@
     weights   an actor of its own, the board, holds the reference of the newest; Ray's object store moves them
     orders    handed out and taken back as in a pool of processes (orders.py)
     beats     an actor that is judging says so on the board: a call may take long, a single verdict may not
-    deaths    an actor that is gone, or neither answers nor beats for ``hang_limit_s``, is replaced; its orders go out
-              again
+    deaths    an actor that is gone, neither answers nor beats for ``hang_limit_s``, or has an engine that makes no step
+              while that long is waited for it, is replaced; its orders go out again
 
 An actor is asked to advance, again and again: it takes orders and the newest weights, waits a moment for groups, and
 returns those that are finished; its engine goes on between two calls. The learner asks whenever it submits, publishes
@@ -40,7 +40,8 @@ except ImportError as error:
     raise ConfigError(f"pipeline.pool='ray' needs Ray ({error}); pip install 'openzaya[ray]'") from None
 
 HANG_LIMIT_S = 300.0
-"""Longest time that a call to an actor may take without a beat, its start included."""
+"""Longest time that a call to an actor may take without a beat, its start included, and that calls may wait for an
+engine's next step."""
 ADVANCE_S = 0.5
 """How long an actor waits for a group in one call."""
 MAX_FAILED_STARTS = 5
@@ -98,8 +99,9 @@ class RayTransport:
 class _Actor:
     """One rollout worker; ``number`` is nobody else's."""
 
-    def __init__(self, setup: bytes, transport: RayTransport, number: int) -> None:
-        self._transport, self._number = transport, number
+    def __init__(self, setup: bytes, transport: RayTransport, number: int, hang_limit_s: float) -> None:
+        self._transport, self._number, self._hang_limit_s = transport, number, hang_limit_s
+        self._num_steps, self._waited_s = -1, 0.0
         self._last_beat_s = 0.0
         self._setup: WorkerSetup = pickle.loads(setup)
         self._step = -1
@@ -118,7 +120,18 @@ class _Actor:
         self._engine.start(orders)
         if not self._engine.num_in_flight:
             return []
-        return self._engine.finished(timeout_s)
+        began_s = time.monotonic()
+        groups = self._engine.finished(timeout_s)
+        self._watch(self._engine.num_steps, bool(groups), time.monotonic() - began_s)
+        return groups
+
+    def _watch(self, num_steps: int, has_groups: bool, seconds: float) -> None:
+        """Raises ``TimeoutError`` for an engine that stands still: the calls themselves keep returning."""
+        # Only time spent waiting counts: between two calls the learner may be busy for long.
+        self._waited_s = self._waited_s + seconds if num_steps == self._num_steps and not has_groups else 0.0
+        self._num_steps = num_steps
+        if self._waited_s > self._hang_limit_s:
+            raise TimeoutError(f"its engine made no step in {self._waited_s:.0f} s")
 
     def _beat(self) -> None:
         if time.monotonic() - self._last_beat_s >= BEAT_S:
@@ -221,7 +234,9 @@ class RayPool:
         settings: dict[str, Any] = {**self._resources, "max_restarts": 0, "max_task_retries": 0}
         place.number = self._num_actors
         self._num_actors += 1
-        place.actor = ray.remote(**settings)(_Actor).remote(self._setup, self._transport, place.number)
+        place.actor = ray.remote(**settings)(_Actor).remote(
+            self._setup, self._transport, place.number, self._hang_limit_s
+        )
         place.has_answered = False
         self._call(place, [])
 
