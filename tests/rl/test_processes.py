@@ -217,7 +217,7 @@ def test_workers_use_the_recipe_s_device(monkeypatch):
     # No GPU here; this device shows all the same where a model is put.
     assert model_of(model.config, model.state_dict(), "meta").device.type == "meta"
     scorer = []
-    monkeypatch.setattr("openzaya.rl.reward_model.RewardModel.load", lambda path, device: scorer.append(device))
+    monkeypatch.setattr("openzaya.rl.reward_model.RewardModel.load", lambda path, device, **_: scorer.append(device))
     make_reward(BehaviourConfig(reward_model="07-rm"), {"a": {"letters": None}}, ROOT, setups[0].device)
     assert scorer == ["cuda:1"]
 
